@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# From nothing to a trained, measured, exported and answering model, on 2 CPU cores.
+#
+#   launch/quickstart.sh             the real thing: some minutes of training
+#   launch/quickstart.sh --compare   also trains with SFT in place of PO, and puts its numbers beside
+#   launch/quickstart.sh --smoke     every stage in seconds: shows that all parts work, learns nothing
+#
+# Everything lands in runs/quickstart (or the folder given as last argument). Called again, it goes on where it was.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+smoke=false
+compare=false
+folder=""
+for argument in "$@"; do
+  case "$argument" in
+    --smoke) smoke=true ;;
+    --compare) compare=true ;;
+    -h | --help)
+      sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit 0
+      ;;
+    -*) fail "there is no flag $argument. Use --smoke, --compare or a folder." ;;
+    *) folder="$(mkdir -p "$argument" && cd "$argument" && pwd)" ;;
+  esac
+done
+
+stages=7
+number=0
+began=$SECONDS
+
+# stage NAME COMMAND...: runs a command under a heading, and says how long it took.
+stage() {
+  local name="$1" start=$SECONDS
+  shift
+  number=$((number + 1))
+  printf '\n[%d/%d] %s\n' "$number" "$stages" "$name"
+  "$@"
+  printf '[%d/%d] done in %d s\n' "$number" "$stages" "$((SECONDS - start))"
+}
+
+train() {
+  phantom-jax train --config="configs/quickstart.py$variant" --config.data.data_dir="$folder/data" --workdir="$folder"
+  if [[ "$compare" == true ]]; then
+    printf '\nthe same again with SFT in place of PO\n'
+    phantom-jax train --config="configs/quickstart.py:objective=sft${variant:+,${variant#:}}" \
+      --config.data.data_dir="$folder/data" --workdir="$folder/sft"
+  fi
+}
+
+evaluate() {
+  local models=() phase
+  for phase in "$folder"/models/*/; do
+    models+=(--model="${phase%/}")
+  done
+  if [[ "$compare" == true ]]; then
+    models+=(--model="$folder/sft/model")
+  fi
+  phantom-jax evaluate "${models[@]}" --model="$folder/model" --data_dir="$folder/data" --split=test \
+    ${limit[@]+"${limit[@]}"} --output="$folder/evaluation"
+}
+
+convert() {
+  rm -rf "$folder/hf"
+  phantom-jax convert --source="$folder/model" --target="$folder/hf" --to=phantom --verify
+}
+
+# Asks the exported model one of the questions that the evaluation kept, and expects the answer it gave before.
+ask() {
+  local image question truth before answer
+  {
+    read -r image
+    read -r question
+    read -r truth
+    read -r before
+  } < <(python - "$folder/evaluation/results.json" <<'PYTHON'
+import json
+import sys
+
+results = json.load(open(sys.argv[1]))
+reading = [example for example in results["examples"] if len(example["truth"]) > 2 and example["truth"].isdigit()]
+example = (reading or results["examples"])[0]
+answer = list(example["answers"].values())[-1].replace("\n", " ")
+print(example["image"], example["question"], example["truth"], answer, sep="\n")
+PYTHON
+  )
+  printf '$ phantom-jax generate --model=%s --image=%s --prompt="%s"\n' \
+    "$folder/hf" "$folder/evaluation/$image" "$question"
+  answer="$(phantom-jax generate --model="$folder/hf" --image="$folder/evaluation/$image" --prompt="$question")"
+  printf '%s\n(the truth: %s)\n' "$answer" "$truth"
+  if [[ "$(tr '\n' ' ' <<<"$answer" | sed 's/^ *//; s/ *$//')" != "$before" ]]; then
+    fail "the exported model answers '$answer' where the trained one answered '$before'."
+  fi
+}
+
+if [[ "$smoke" == true ]]; then
+  folder="${folder:-$repository/runs/smoke}"
+  rm -rf "$repository/runs/smoke"
+  variant=":smoke=True"
+  limit=(--limit=8)
+else
+  folder="${folder:-$repository/runs/quickstart}"
+  variant=""
+  limit=()
+fi
+
+cd "$repository"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+mkdir -p "$folder"
+
+stage "set up the environment" enter_environment
+stage "prepare the records: handwritten numbers, their questions, a tokenizer" \
+  phantom-jax prepare --source=handwritten_numbers --target="$folder/data"
+stage "train: pre-training, Phantom step 1 (PO), Phantom step 2 (SFT)" train
+stage "evaluate on the test split, after each phase" evaluate
+stage "export to Hugging Face format and read it back" convert
+stage "ask the exported model about a test image" ask
+stage "draw the report" \
+  phantom-jax report --workdir="$folder" --evaluation="$folder/evaluation" --output="$folder/report.png"
+
+printf '\nall done in %d s; see %s\n' "$((SECONDS - began))" "$folder/report.png"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Lints and tests. `launch/test.sh` needs nothing but Python; `--parity` also installs PyTorch (CPU) and compares with
+# it. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+torch_version=2.13.0
+
+# A CPU build of PyTorch is 20 times smaller than the default one of Linux, but lives on an index of its own. The first
+# try costs a second and finds it wherever pip is already set up to; the last takes whatever the usual index has.
+install_torch() {
+  local pip=(python -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 20)
+  if python -c "import sys, torch; sys.exit(torch.__version__.split('+')[0] != '$torch_version')" 2>/dev/null; then
+    return
+  fi
+  printf 'installing PyTorch %s for the parity tests\n' "$torch_version"
+  "${pip[@]}" "torch==$torch_version+cpu" 2>/dev/null ||
+    "${pip[@]}" "torch==$torch_version" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
+    "${pip[@]}" "torch==$torch_version" ||
+    fail "PyTorch $torch_version could not be installed; run without --parity, or install it yourself."
+}
+
+parity=false
+arguments=()
+for argument in "$@"; do
+  if [[ "$argument" == --parity ]]; then
+    parity=true
+  else
+    arguments+=("$argument")
+  fi
+done
+
+enter_environment
+cd "$repository"
+
+printf '== ruff\n'
+python -m ruff check .
+python -m ruff format --check .
+
+printf '== tests\n'
+if [[ "$parity" == true ]]; then
+  install_torch
+  python -m pytest ${arguments[@]+"${arguments[@]}"}
+else
+  python -m pytest --ignore=tests/parity ${arguments[@]+"${arguments[@]}"}
+fi

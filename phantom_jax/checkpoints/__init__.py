@@ -1,0 +1,1 @@
+"""Checkpoints: training states with Orbax, and other libraries' weights, both ways."""

@@ -1,0 +1,405 @@
+"""Hugging Face `config.json` to our model configuration and back.
+
+Phantom and LLaVA say the same things in three vocabularies. What a published file holds beyond what we read is kept
+in `Published.config` and written back, so that nothing of it is lost.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from phantom_jax.errors import InputError
+from phantom_jax.models import zoo
+from phantom_jax.models.decoder import DecoderConfig
+from phantom_jax.models.phantom import PhantomConfig
+from phantom_jax.models.projector import ProjectorConfig
+from phantom_jax.models.vision_tower import VisionTowerConfig
+from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.ops.rope import RopeConfig
+
+FORMATS = ("phantom", "llava-hf", "llava-original")
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM", "phi3": "Phi3ForCausalLM"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """How a model looks outside: which of the layouts, and what its files said that we do not interpret.
+
+    Attributes:
+      format: one of `FORMATS`.
+      language_model: `qwen2`, `internlm2`, `phi3` or `llama`.
+      config: the `config.json` it came from; empty for a model that was made here.
+      vision_config: the tower's own file beside it (original LLaVA).
+    """
+
+    format: str
+    language_model: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    vision_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """Token ids that generation needs.
+
+    Attributes:
+      image: stands where an image token's features go.
+      eos: any of them ends an answer.
+      pad: fills rows.
+    """
+
+    image: int
+    eos: tuple[int, ...]
+    pad: int = 0
+
+
+def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
+    if config.get(key) is None:
+        raise InputError(f"{where} has no {key!r}: the file is not complete, take it from the published checkpoint")
+    return config[key]
+
+
+# ---- decoder
+
+
+def _read_rope(config: Mapping[str, Any], where: str) -> RopeConfig:
+    new = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("type") or scaling.get("rope_type") or new.get("rope_type") or "default"
+    scaling = {**new, **scaling}
+    length = config.get("max_position_embeddings") or config.get("max_sequence_length") or 2048
+    original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    if kind not in ("default", "linear", "dynamic", "su", "longrope"):
+        raise InputError(f"{where} scales RoPE by {kind!r}: default, linear, dynamic, su and longrope are supported")
+    return RopeConfig(
+        theta=float(config.get("rope_theta") or new.get("rope_theta") or 10_000.0),
+        kind=kind,
+        factor=float(scaling.get("factor") or 1.0),
+        max_length=int(length),
+        original_max_length=int(original) if original else None,
+        short_factor=tuple(map(float, scaling.get("short_factor") or ())),
+        long_factor=tuple(map(float, scaling.get("long_factor") or ())),
+    )
+
+
+def _read_decoder(config: Mapping[str, Any], kind: str, phantom: PhantomConfig | None, where: str) -> DecoderConfig:
+    heads = _need(config, "num_attention_heads", where)
+    width = _need(config, "hidden_size", where)
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    rope = _read_rope(config, where)
+    if window and window < rope.max_length:
+        raise InputError(f"{where} has sliding_window={window}: attention over a window is not supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{where} has hidden_act={config['hidden_act']!r}: only silu is supported")
+    for key in ("attention_bias", "mlp_bias", "bias"):
+        if config.get(key):
+            raise InputError(f"{where} has {key}=true: decoders with these biases are not supported")
+    return DecoderConfig(
+        vocab_size=_need(config, "vocab_size", where),
+        embed_dim=width,
+        num_layers=_need(config, "num_hidden_layers", where),
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or width // heads,
+        mlp_dim=_need(config, "intermediate_size", where),
+        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        qkv_bias=kind == "qwen2",
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        rope=rope,
+        phantom=phantom,
+    )
+
+
+def _write_decoder(config: DecoderConfig, kind: str, old: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.rope
+    scaling: dict[str, Any] | None = None
+    if rope.kind in ("linear", "dynamic"):
+        scaling = {"type": rope.kind, "factor": rope.factor}
+    elif rope.kind in ("su", "longrope"):
+        scaling = {
+            "type": rope.kind,
+            "short_factor": list(rope.short_factor),
+            "long_factor": list(rope.long_factor),
+        }
+    out: dict[str, Any] = {
+        "model_type": kind,
+        "hidden_act": "silu",
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": rope.max_length,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+    }
+    if config.head_dim * config.num_heads != config.embed_dim or "head_dim" in old:
+        out["head_dim"] = config.head_dim
+    if rope.original_max_length is not None:
+        out["original_max_position_embeddings"] = rope.original_max_length
+    if "rope_parameters" in old:
+        out["rope_parameters"] = {"rope_theta": rope.theta, "rope_type": rope.kind, **(scaling or {})}
+    else:
+        out["rope_theta"] = rope.theta
+        out["rope_scaling"] = scaling if not old.get("rope_scaling") else {**old["rope_scaling"], **(scaling or {})}
+    if kind in _ARCHITECTURES:
+        out["architectures"] = [_ARCHITECTURES[kind]]
+    if kind == "internlm2":
+        out["bias"] = False
+    return out
+
+
+# ---- vision
+
+
+def _read_internvit(config: Mapping[str, Any]) -> VisionTowerConfig:
+    where = "vision_config"
+    return VisionTowerConfig(
+        embed_dim=_need(config, "hidden_size", where),
+        num_layers=_need(config, "num_hidden_layers", where),
+        num_heads=_need(config, "num_attention_heads", where),
+        mlp_dim=_need(config, "intermediate_size", where),
+        patch_size=_need(config, "patch_size", where),
+        image_size=_need(config, "image_size", where),
+        norm=config.get("norm_type", "layer_norm"),
+        norm_epsilon=config.get("layer_norm_eps", 1e-6),
+        activation=config.get("hidden_act", "gelu"),
+        qkv_bias=bool(config.get("qkv_bias", True)),
+        qk_norm=bool(config.get("qk_normalization", False)),
+    )
+
+
+def _read_clip(config: Mapping[str, Any], feature_layer: int) -> VisionTowerConfig:
+    where = "the CLIP vision config"
+    layers = _need(config, "num_hidden_layers", where)
+    computed = layers + 1 + feature_layer if feature_layer < 0 else feature_layer
+    if not 0 < computed <= layers:
+        raise InputError(f"vision feature layer {feature_layer} lies outside the tower's {layers} layers")
+    return VisionTowerConfig(
+        embed_dim=_need(config, "hidden_size", where),
+        num_layers=computed,
+        num_heads=_need(config, "num_attention_heads", where),
+        mlp_dim=_need(config, "intermediate_size", where),
+        patch_size=_need(config, "patch_size", where),
+        image_size=_need(config, "image_size", where),
+        norm_epsilon=config.get("layer_norm_eps", 1e-5),
+        activation=config.get("hidden_act", "quick_gelu"),
+        patch_bias=False,
+        layer_scale=False,
+        pre_norm=True,
+        unused_layers=layers - computed,
+    )
+
+
+def _write_vision(config: VisionTowerConfig, clip: bool) -> dict[str, Any]:
+    out = {
+        "model_type": "clip_vision_model" if clip else "intern_vit_300m",
+        "hidden_act": config.activation,
+        "hidden_size": config.embed_dim,
+        "image_size": config.image_size,
+        "intermediate_size": config.mlp_dim,
+        "layer_norm_eps": config.norm_epsilon,
+        "num_attention_heads": config.num_heads,
+        "num_channels": 3,
+        "num_hidden_layers": config.num_layers + config.unused_layers,
+        "patch_size": config.patch_size,
+    }
+    if not clip:
+        out |= {"norm_type": config.norm, "qk_normalization": config.qk_norm, "qkv_bias": config.qkv_bias}
+    return out
+
+
+# ---- whole models
+
+
+def detect_format(config: Mapping[str, Any]) -> str:
+    """Which of `FORMATS` a `config.json` describes, told by its content: both LLaVAs say `model_type: llava`."""
+    kind = config.get("model_type")
+    if kind == "phantom":
+        return "phantom"
+    if kind in ("llava", "llava_llama"):
+        return "llava-original" if "mm_vision_tower" in config else "llava-hf"
+    raise InputError(
+        f"config.json has model_type={kind!r}: checkpoints of Phantom (phantom), llava-hf and the original LLaVA "
+        "(llava, llava_llama) are supported"
+    )
+
+
+def read(
+    config: Mapping[str, Any], vision_config: Mapping[str, Any] | None = None
+) -> tuple[VisionLanguageConfig, Published, TokenIds]:
+    """Reads a `config.json`.
+
+    Args:
+      config: its content.
+      vision_config: content of `vision_config.json` beside it, for an original LLaVA.
+
+    Raises:
+      InputError: it describes something else, or something that is not supported.
+    """
+    layout = detect_format(config)
+    if layout == "phantom":
+        return _read_phantom(config)
+    if layout == "llava-hf":
+        return _read_llava_hf(config)
+    return _read_llava_original(config, vision_config)
+
+
+def _eos(*values: Any) -> tuple[int, ...]:
+    for value in values:
+        if value is not None:
+            return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+    return ()
+
+
+def _read_phantom(config):
+    text = _need(config, "llm_config", "config.json")
+    kind = text.get("model_type")
+    if kind not in _ARCHITECTURES:
+        by_architecture = {architecture: name for name, architecture in _ARCHITECTURES.items()}
+        kind = by_architecture.get((text.get("architectures") or [None])[0])
+    if kind is None:
+        raise InputError(f"llm_config has model_type={text.get('model_type')!r}: use one of {list(_ARCHITECTURES)}")
+    vision = _read_internvit(_need(config, "vision_config", "config.json"))
+    decoder = _read_decoder(text, kind, PhantomConfig(), "llm_config")
+    shuffle = round(1 / config.get("downsample_ratio", 0.5))
+    projector = ProjectorConfig("pixel_shuffle", vision.embed_dim, decoder.embed_dim, shuffle)
+    tokens = TokenIds(
+        image=_need(config, "image_token_index", "config.json"),
+        eos=_eos(config.get("eos_token_id"), text.get("eos_token_id")),
+        pad=next((c["pad_token_id"] for c in (config, text) if c.get("pad_token_id") is not None), 0),
+    )
+    return VisionLanguageConfig(vision, projector, decoder), Published("phantom", kind, config), tokens
+
+
+def _read_llava_hf(config):
+    text = _need(config, "text_config", "config.json")
+    if text.get("model_type", "llama") != "llama":
+        raise InputError(f"text_config has model_type={text['model_type']!r}: only llama is supported in LLaVA")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy != "default":
+        raise InputError(f"vision_feature_select_strategy={strategy!r}: only 'default' (no class token) is supported")
+    activation = config.get("projector_hidden_act", "gelu")
+    if activation != "gelu":
+        raise InputError(f"projector_hidden_act={activation!r}: only 'gelu' is supported")
+    vision = _read_clip(_need(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2))
+    decoder = _read_decoder(text, "llama", None, "text_config")
+    projector = ProjectorConfig("mlp2x_gelu", vision.embed_dim, decoder.embed_dim)
+    image = config.get("image_token_index", config.get("image_token_id"))
+    if image is None:
+        raise InputError("config.json has no 'image_token_index': take it from the published checkpoint")
+    pad = next((c["pad_token_id"] for c in (config, text) if c.get("pad_token_id") is not None), 0)
+    tokens = TokenIds(image, _eos(config.get("eos_token_id"), text.get("eos_token_id"), 2), pad)
+    return VisionLanguageConfig(vision, projector, decoder), Published("llava-hf", "llama", config), tokens
+
+
+def _read_llava_original(config, vision_config):
+    feature = config.get("mm_vision_select_feature", "patch")
+    if feature != "patch":
+        raise InputError(f"mm_vision_select_feature={feature!r}: only 'patch' (no class token) is supported")
+    layer = config.get("mm_vision_select_layer", -2)
+    if vision_config:
+        vision = _read_clip(vision_config.get("vision_config", vision_config), layer)
+    else:
+        tower = str(config["mm_vision_tower"])
+        if "clip-vit-large-patch14" not in tower or layer != -2:
+            raise InputError(f"mm_vision_tower={tower!r} is not known here: put its vision_config.json beside config.json")
+        vision = zoo.clip_large(336 if "336" in tower else 224)
+    decoder = _read_decoder(config, "llama", None, "config.json")
+    kind = config.get("mm_projector_type", "linear")
+    if kind not in ("linear", "mlp2x_gelu"):
+        raise InputError(f"mm_projector_type={kind!r}: linear and mlp2x_gelu are supported")
+    projector = ProjectorConfig(kind, vision.embed_dim, decoder.embed_dim)
+    # The original splices features in at a sentinel outside the vocabulary; on our side slots say where they go, so
+    # any id of the vocabulary serves as the placeholder.
+    tokens = TokenIds(decoder.vocab_size - 3, _eos(config.get("eos_token_id"), 2), config.get("pad_token_id") or 0)
+    published = Published("llava-original", "llama", config, vision_config or {})
+    return VisionLanguageConfig(vision, projector, decoder), published, tokens
+
+
+def write(
+    config: VisionLanguageConfig, published: Published, tokens: TokenIds, dtype: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The `config.json` of a model, and the `vision_config.json` beside it (original LLaVA alone).
+
+    Args:
+      config: the model.
+      published: which layout; fields of its own config that we do not interpret are kept.
+      tokens: special ids.
+      dtype: of the saved tensors, by PyTorch's name.
+
+    Raises:
+      InputError: the layout cannot express the model.
+    """
+    _check_expressible(config, published)
+    old = copy.deepcopy(dict(published.config))
+    clip = published.format != "phantom"
+    vision = _write_vision(config.vision_tower, clip)
+    eos = list(tokens.eos) if len(tokens.eos) > 1 else tokens.eos[0]
+    text_key = {"phantom": "llm_config", "llava-hf": "text_config", "llava-original": None}[published.format]
+    text = _write_decoder(config.language_model, published.language_model, old.get(text_key, {}) if text_key else old)
+    if published.format == "phantom":
+        new = {
+            "model_type": "phantom",
+            "architectures": ["PhantomForCausalLM"],
+            "downsample_ratio": 1 / config.projector.shuffle,
+            "force_image_size": config.vision_tower.image_size,
+            "image_token_index": tokens.image,
+            "eos_token_id": eos,
+            "ignore_index": -100,
+            "torch_dtype": dtype,
+        }
+    elif published.format == "llava-hf":
+        new = {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "image_token_index": tokens.image,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -1 - config.vision_tower.unused_layers,
+            "vision_feature_select_strategy": "default",
+        }
+        # Newer files say `dtype`; either is read.
+        new["dtype" if "dtype" in old else "torch_dtype"] = dtype if old.get("dtype", dtype) else None
+    else:
+        text.pop("model_type")
+        new = text | {
+            "model_type": old.get("model_type", "llava"),
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "mm_hidden_size": config.vision_tower.embed_dim,
+            "mm_vision_select_layer": -1 - config.vision_tower.unused_layers,
+            "mm_vision_select_feature": "patch",
+            "use_mm_proj": True,
+            "eos_token_id": eos,
+            "torch_dtype": dtype,
+        }
+        if "mm_vision_tower" not in old:
+            size = config.vision_tower.image_size
+            new["mm_vision_tower"] = "openai/clip-vit-large-patch14" + ("-336" if size == 336 else "")
+        if config.projector.kind != "linear" or "mm_projector_type" in old:
+            new["mm_projector_type"] = config.projector.kind
+    if text_key:
+        new[text_key] = {**old.get(text_key, {}), **text}
+        new["vision_config"] = {**old.get("vision_config", {}), **vision}
+    beside = {**published.vision_config, **vision} if published.format == "llava-original" else None
+    return {**old, **new}, beside
+
+
+def _check_expressible(config: VisionLanguageConfig, published: Published) -> None:
+    decoder, layout = config.language_model, published.format
+    if layout not in FORMATS:
+        raise InputError(f"format {layout!r} does not exist: use one of {', '.join(FORMATS)}")
+    expected = {"phantom": "pixel_shuffle", "llava-hf": "mlp2x_gelu"}.get(layout)
+    if expected and config.projector.kind != expected:
+        raise InputError(f"{layout} holds a {expected} projector, the model has {config.projector.kind!r}")
+    if layout == "llava-original" and config.projector.kind == "pixel_shuffle":
+        raise InputError("llava-original holds a linear or mlp2x_gelu projector, the model has 'pixel_shuffle'")
+    if layout == "phantom" and decoder.phantom != PhantomConfig():
+        raise InputError(
+            f"the phantom layout has no field for {decoder.phantom}: its code fixes {PhantomConfig()}; save as 'ours'"
+        )
+    if layout != "phantom" and decoder.phantom is not None:
+        raise InputError(f"{layout} has no phantom dimension, the model has one: save as 'phantom' or 'ours'")
+    if decoder.qkv_bias != (published.language_model == "qwen2"):
+        raise InputError(f"{published.language_model} and qkv_bias={decoder.qkv_bias} do not go together: qwen2 alone has it")

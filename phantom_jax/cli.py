@@ -1,0 +1,251 @@
+"""The verbs: `phantom-jax VERB --flag=value`.
+
+Each verb reads its flags and calls one library function, imported only then: asking for help loads none of jax, flax,
+transformers, orbax or grain. Exit codes: 0 done, 1 crash, 2 bad config or input, 3 diverged, 42 preempted and saved.
+"""
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from phantom_jax.errors import Diverged, InputError, Preempted
+from phantom_jax.version import __version__
+
+FORMATS = ("ours", "phantom", "llava-hf", "llava-original")
+PROGRAM = "phantom-jax"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does, the flags it takes and needs, and the function that does it."""
+
+    summary: str
+    define: Callable[[flags.FlagValues, Sequence[str]], None]
+    run: Callable[[flags.FlagValues], None]
+    required: tuple[str, ...]
+
+
+def _define_prepare(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    flags.DEFINE_string("source", "handwritten_numbers", "Name of the data set.", flag_values=values)
+    flags.DEFINE_string("target", None, "Folder for the records and the tokenizer.", flag_values=values)
+
+
+def _prepare(values: flags.FlagValues) -> None:
+    from phantom_jax.data.sources import prepare
+
+    print(prepare(values.source, values.target))
+
+
+def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    text = "configs/NAME.py, or configs/NAME.py:variant=value. Single values: --config.a.b=c, given after it."
+    config_flags.DEFINE_config_file("config", help_string=text, flag_values=values, sys_argv=list(argv))
+    text = "Folder of the run: metrics, checkpoints, model. A restart goes on from there."
+    flags.DEFINE_string("workdir", None, text, flag_values=values)
+
+
+def _train(values: flags.FlagValues) -> None:
+    from phantom_jax.training.loop import train
+
+    train(values.config, values.workdir)
+
+
+def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    text = "Model folder. Given several times, the table has a column for each."
+    flags.DEFINE_multi_string("model", None, text, flag_values=values)
+    flags.DEFINE_string("source", "handwritten_numbers", "Name of the data set.", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "Folder that `prepare` wrote.", flag_values=values)
+    flags.DEFINE_string("split", "test", "Split of the data set.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 64, "Questions answered at once.", flag_values=values, lower_bound=1)
+    text = "Ask only this many questions, spread evenly over the split. All when not given."
+    flags.DEFINE_integer("limit", None, text, flag_values=values, lower_bound=1)
+    text = "Folder for results.json, and for some images with their answers."
+    flags.DEFINE_string("output", None, text, flag_values=values)
+
+
+def _evaluate(values: flags.FlagValues) -> None:
+    from phantom_jax.evaluation.exact_match import evaluate, table
+
+    results = evaluate(
+        values.model,
+        source=values.source,
+        data_dir=values.data_dir,
+        split=values.split,
+        batch_size=values.batch_size,
+        limit=values.limit,
+        output=values.output,
+    )
+    print(table(results))
+
+
+def _define_generate(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    flags.DEFINE_string("model", None, "Model folder, of any layout that `convert` writes.", flag_values=values)
+    text = "Image file. Given once for each image, in order."
+    flags.DEFINE_multi_string("image", [], text, flag_values=values)
+    flags.DEFINE_string("prompt", None, "The question.", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens.", flag_values=values, lower_bound=1)
+
+
+def _generate(values: flags.FlagValues) -> None:
+    from phantom_jax.pretrained import load
+
+    print(load(values.model).generate(values.prompt, images=values.image, max_new_tokens=values.max_new_tokens))
+
+
+def _define_convert(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    flags.DEFINE_string("source", None, "Model folder; its layout is recognised.", flag_values=values)
+    flags.DEFINE_string("target", None, "Folder to write. It must not exist, or be empty.", flag_values=values)
+    flags.DEFINE_enum("to", None, FORMATS, "Layout to write.", flag_values=values)
+    text = "Read the target back and compare every tensor with the source."
+    flags.DEFINE_boolean("verify", False, text, flag_values=values)
+
+
+def _convert(values: flags.FlagValues) -> None:
+    from phantom_jax.conversion import convert
+
+    print(convert(values.source, values.target, layout=values.to, verify=values.verify))
+
+
+def _define_report(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    flags.DEFINE_string("workdir", None, "Folder of a run; its metrics.jsonl gives the curves.", flag_values=values)
+    text = "Folder that `evaluate --output` wrote; its images are shown."
+    flags.DEFINE_string("evaluation", None, text, flag_values=values)
+    flags.DEFINE_string("output", None, "Picture to write: .png, .svg or .pdf.", flag_values=values)
+
+
+def _report(values: flags.FlagValues) -> None:
+    from phantom_jax.report import report
+
+    print(report(values.workdir, values.output, evaluation=values.evaluation))
+
+
+_VERBS = {
+    "prepare": Verb("write a data set's records, train its tokenizer", _define_prepare, _prepare, ("target",)),
+    "train": Verb("run all phases of a config", _define_train, _train, ("config", "workdir")),
+    "evaluate": Verb("exact match of answers over a split", _define_evaluate, _evaluate, ("model", "data_dir")),
+    "generate": Verb("answer one prompt about images", _define_generate, _generate, ("model", "prompt")),
+    "convert": Verb("rewrite a model in another layout", _define_convert, _convert, ("source", "target", "to")),
+    "report": Verb("draw loss curves and answered images", _define_report, _report, ("workdir", "output")),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+      argv: arguments after the program's name; those of the process when None.
+
+    Returns:
+      The exit code.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except (InputError, Diverged, Preempted) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name, *rest = arguments or ["--help"]
+    if name in ("--help", "-h"):
+        print(_usage())
+    elif name == "--version":
+        print(__version__)
+    elif name not in _VERBS:
+        raise InputError(f"there is no verb {name!r}.{_nearest(name, _VERBS)} `{PROGRAM} --help` lists them all.")
+    elif "--help" in rest or "-h" in rest:
+        print(_verb_usage(name))
+    else:
+        _VERBS[name].run(_parse(name, rest))
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, _VERBS))
+    lines = [f"usage: {PROGRAM} VERB [--flag=value ...]", "", "verbs:"]
+    lines += [f"  {name:<{width}}  {verb.summary}" for name, verb in _VERBS.items()]
+    lines += ["", f"`{PROGRAM} VERB --help` lists the flags of a verb."]
+    return "\n".join(lines)
+
+
+def _verb_usage(name: str) -> str:
+    verb = _VERBS[name]
+    values = flags.FlagValues()
+    verb.define(values, [])
+    lines = [f"usage: {PROGRAM} {name} [--flag=value ...]", "", verb.summary, "", "flags:"]
+    for flag_name in values:
+        flag = values[flag_name]
+        default = "" if flag.default in (None, [], False) else f" Default: {flag.default}."
+        note = " Required." if flag_name in verb.required else default
+        lines.append(f"  --{flag_name}\n      {flag.help}{note}")
+    return "\n".join(lines)
+
+
+def _parse(name: str, rest: list[str]) -> flags.FlagValues:
+    verb = _VERBS[name]
+    values = flags.FlagValues()
+    command = [f"{PROGRAM} {name}", *rest]
+    verb.define(values, command)
+    values.set_gnu_getopt(True)  # flags after a stray word are still read as flags
+    try:
+        positional = values(command)[1:]
+    except flags.UnrecognizedFlagError as error:
+        flag = error.flagname
+        if flag.startswith("config."):
+            raise InputError(f"--{flag} is given without --config. Set --config=configs/NAME.py first.") from error
+        nearest = _nearest(flag, values, "--")
+        raise InputError(f"{name} has no flag --{flag}.{nearest} `{PROGRAM} {name} --help` lists them.") from error
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _explained(error, name, rest) from error
+    if positional:
+        raise InputError(f"{name} takes flags only, got {' '.join(positional)!r}. Write --flag=value.")
+    if "config" in values and values["config"].present:
+        path = values["config"].config_filename.split(":")[0]
+        if not Path(path).is_file():
+            raise InputError(f"there is no config file {path!r}. Set --config to one: configs/quickstart.py, say.")
+    for flag in verb.required:
+        if not values[flag].present:
+            raise InputError(f"{name} needs --{flag}: {values[flag].help}")
+    return values
+
+
+def _explained(error: Exception, name: str, rest: list[str]) -> Exception:
+    """What to show for an error that came up while flags and the config were read.
+
+    A wrong value is the user's mistake (`InputError`); a mistake in the code of a config file keeps its traceback.
+    """
+    link: BaseException | None = error
+    said = None
+    while link is not None:
+        if isinstance(link, InputError):
+            said = link  # the innermost: flag parsers wrap what a config file raised in text of their own
+        link = link.__cause__ or link.__context__
+    if said is not None:
+        return InputError(str(said))
+    cause = error
+    while cause.args and isinstance(cause.args[0], Exception):
+        cause = cause.args[0]
+    text = str(cause.args[0] if cause.args else cause).strip()
+    missing_key = re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\".*)?", text)
+    if missing_key:
+        key, nearest = missing_key.groups()
+        flag = next((argument for argument in rest if re.match(rf"--?config\..*\b{key}\b", argument)), "")
+        return InputError(f"the config has no key {key!r} ({flag}).{f' Did you mean {nearest!r}?' if nearest else ''}")
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, flags.Error) and "ml_collections" not in frames[-1].filename:
+        return error
+    return InputError(f"{name}: {text}")
+
+
+def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,1 @@
+"""From raw images and text to batches: records, conversations, tiles, rows."""

@@ -1,0 +1,134 @@
+"""Images: opened with suspicion, cut into the tiles that the vision tower sees.
+
+A picture is stretched to the grid of square tiles whose shape comes closest to its own, cut row by row, and followed by
+a thumbnail of the whole when there is more than one tile (Phantom's and InternVL's dynamic resolution).
+"""
+
+import functools
+import io
+import os
+
+import numpy as np
+from PIL import Image
+
+from phantom_jax.errors import InputError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""What is decoded. Other decoders of the imaging library are never reached; of an animation the first frame counts."""
+
+MAX_PIXELS = 8192 * 8192
+"""Largest image that is decoded, as stated in its header: 200 MB of RGB."""
+
+Source = bytes | str | os.PathLike | Image.Image
+
+
+def open_image(source: Source, name: str | None = None) -> Image.Image:
+    """Decodes an image to 8-bit RGB.
+
+    Alpha is dropped, 16 bits become 8, and EXIF orientation is left alone, as the reference implementation does.
+
+    Args:
+      source: the encoded bytes, a path, or an image that is open already.
+      name: what to call the image in an error; by default the path.
+
+    Raises:
+      InputError: the image cannot be read, is none of `FORMATS`, is cut short, or has more than `MAX_PIXELS` pixels.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    if isinstance(source, bytes):
+        name, stream = name or "the image", io.BytesIO(source)
+        if not source:
+            raise InputError(f"{name} is empty (0 bytes). Give it again, or leave it out.")
+    else:
+        name = name or os.fspath(source)
+        try:
+            stream = open(source, "rb")
+        except OSError as error:
+            raise InputError(f"Image {name} cannot be read: {error.strerror}. Check the path.") from error
+    with stream:
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise InputError(f"{name} is too large to decode: {error} Scale it down first.") from error
+        # Decoders of damaged files raise nearly every class of exception, so that no narrower list would do.
+        except Exception as error:
+            start = _first_bytes(stream)
+            raise InputError(
+                f"{name} is not an image of the formats {', '.join(FORMATS)} (it begins with {start!r}). "
+                "Convert it to PNG or JPEG."
+            ) from error
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise InputError(
+                f"{name} has {width} x {height} pixels; at most {MAX_PIXELS} are decoded. Scale it down first."
+            )
+        try:
+            image.load()
+            return _to_rgb(image)
+        except Exception as error:
+            raise InputError(
+                f"{name} ({image.format}, {width} x {height}) is cut short or damaged: {error}. Give an intact file."
+            ) from error
+
+
+def _first_bytes(stream) -> bytes:
+    stream.seek(0)
+    return stream.read(16)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # A plain conversion saturates: all but the darkest 1/256 of a 16-bit scan would turn white.
+        values = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+@functools.cache
+def _grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All (columns, rows) of at most `max_tiles` tiles, small areas first."""
+    shapes = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
+    return tuple(sorted(shapes, key=lambda shape: shape[0] * shape[1]))
+
+
+def tile_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """Picks the grid for an image of `width` x `height` pixels.
+
+    The grid with the nearest ratio of width to height wins. Of two that are equally near, the larger one wins only where
+    the image has pixels for at least half of it.
+
+    Returns:
+      (columns, rows), with columns * rows <= max_tiles.
+    """
+    ratio, pixels = width / height, width * height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in _grids(max_tiles):
+        distance = abs(ratio - columns / rows)
+        enough = pixels > 0.5 * tile_size**2 * columns * rows
+        if distance < best_distance or (distance == best_distance and enough):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def tile_count(width: int, height: int, *, tile_size: int, max_tiles: int) -> int:
+    """Number of tiles of an image, the thumbnail included."""
+    columns, rows = tile_grid(width, height, tile_size=tile_size, max_tiles=max_tiles)
+    return 1 if columns * rows == 1 else columns * rows + 1
+
+
+def split_tiles(image: Image.Image, *, tile_size: int, max_tiles: int) -> np.ndarray:
+    """Cuts an RGB image into tiles.
+
+    Returns:
+      [T, tile_size, tile_size, 3] uint8: the grid row by row, then the thumbnail if the grid has more than one tile.
+    """
+    columns, rows = tile_grid(*image.size, tile_size=tile_size, max_tiles=max_tiles)
+    grid = np.asarray(image.resize((columns * tile_size, rows * tile_size), Image.Resampling.BICUBIC))
+    tiles = grid.reshape(rows, tile_size, columns, tile_size, 3).swapaxes(1, 2).reshape(-1, tile_size, tile_size, 3)
+    if len(tiles) == 1:
+        return tiles
+    thumbnail = np.asarray(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
+    return np.concatenate([tiles, thumbnail[None]])

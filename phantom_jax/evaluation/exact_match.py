@@ -1,0 +1,171 @@
+"""Exact match of greedily generated answers, in all, by kind of question and by digit count."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from phantom_jax.errors import InputError
+
+# How many answered images are kept beside the numbers.
+EXAMPLES = 24
+
+
+def score(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+    """Counts right answers.
+
+    An answer is right when it equals the truth, white space at both ends aside.
+
+    Args:
+      questions: each with `.truth`, `.kind` and `.digit_count`.
+      answers: one for each question.
+
+    Returns:
+      {"all": {"all": [right, count]}, "kind": {kind: [right, count]}, "digits": {digit count: [right, count]}}.
+    """
+    groups: dict[str, dict[str, list[int]]] = {name: defaultdict(lambda: [0, 0]) for name in ("all", "kind", "digits")}
+    for question, answer in zip(questions, answers, strict=True):
+        right = answer.strip() == question.truth.strip()
+        for group, key in (("all", "all"), ("kind", question.kind), ("digits", str(question.digit_count))):
+            groups[group][key][0] += right
+            groups[group][key][1] += 1
+    return {group: dict(sorted(counts.items(), key=_by_number)) for group, counts in groups.items()}
+
+
+def answer_all(handle: Any, questions: Sequence[Any], *, batch_size: int, max_new_tokens: int) -> list[str]:
+    """Answers every question, in the order given.
+
+    Questions whose images have equal sizes are answered together: they need the same number of tiles, so that few
+    shapes are compiled and little is padding.
+    """
+    order = sorted(range(len(questions)), key=lambda index: [image.size for image in questions[index].images])
+    answers = [""] * len(questions)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        texts = handle.generate(
+            [questions[index].question for index in chosen],
+            images=[questions[index].images for index in chosen],
+            max_new_tokens=max_new_tokens,
+        )
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text
+    return answers
+
+
+def evaluate(
+    models: Sequence[str],
+    *,
+    source: str,
+    data_dir: str,
+    split: str = "test",
+    batch_size: int = 64,
+    limit: int | None = None,
+    output: str | None = None,
+    max_new_tokens: int = 16,
+) -> dict[str, Any]:
+    """Asks every question of a split of every model.
+
+    Args:
+      models: model folders. Each is named by its last path component, by its whole path where that is not unique.
+      source: name of the data set.
+      data_dir: the folder that holds its records.
+      split: its split.
+      batch_size: questions answered at once.
+      limit: ask only this many, spread evenly over the split.
+      output: folder for results.json and some of the images; it need not exist.
+      max_new_tokens: longest answer.
+
+    Returns:
+      {"source", "split", "questions": how many, "models": {name: what `score` returns},
+      "examples": [{"row", "question", "truth", "answers": {name: text}, "image": file name if written}]}.
+    """
+    from phantom_jax.data.sources import questions_of
+    from phantom_jax.pretrained import load
+
+    questions = questions_of(source, data_dir, split)
+    if not questions:
+        raise InputError(f"split {split!r} of {source!r} in {data_dir!r} holds no questions. Prepare the data again.")
+    questions = spread(questions, limit)
+    answers = {}
+    for name, model in zip(model_names(models), models, strict=True):
+        answers[name] = answer_all(load(model), questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    results = summarize(questions, answers, source=source, split=split)
+    if output is not None:
+        write(results, questions, Path(output))
+    return results
+
+
+def model_names(models: Sequence[str]) -> list[str]:
+    """A short name for each model folder: the last part of its path, or the whole path where that is not unique."""
+    last = [Path(model).resolve().name for model in models]
+    return [name if last.count(name) == 1 else str(model) for name, model in zip(last, models, strict=True)]
+
+
+def summarize(questions: Sequence[Any], answers: dict[str, list[str]], *, source: str, split: str) -> dict[str, Any]:
+    """What `evaluate` returns, from the answers of each model."""
+    return {
+        "source": source,
+        "split": split,
+        "questions": len(questions),
+        "models": {name: score(questions, texts) for name, texts in answers.items()},
+        "examples": [
+            {
+                "row": questions[index].row_id,
+                "question": questions[index].question,
+                "truth": questions[index].truth,
+                "answers": {name: texts[index].strip() for name, texts in answers.items()},
+            }
+            for index in spread(range(len(questions)), EXAMPLES)
+        ],
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text: one row for each group of questions, one column of percentages for each model."""
+    names = list(results["models"])
+    rows = [["exact match, %", "questions", *names]]
+    first = results["models"][names[0]]
+    for group, label in (("all", "{}"), ("kind", "{}"), ("digits", "{} digits")):
+        for key, (_, count) in first[group].items():
+            text = "1 digit" if (group, key) == ("digits", "1") else label.format(key)
+            scores = [results["models"][name][group][key] for name in names]
+            rows.append([text, f"{count:,}", *(f"{100 * right / total:.1f}" for right, total in scores)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    errors = [_standard_error(*results["models"][name]["all"]["all"]) for name in names]
+    lines.append(f"standard error of `all`: {', '.join(f'{100 * error:.1f}' for error in errors)}")
+    return "\n".join(lines)
+
+
+def _by_number(item: tuple[str, list[int]]) -> tuple[int, str]:
+    """Sorts "10" behind "2", and names by themselves."""
+    return len(item[0]) if item[0].isdigit() else 0, item[0]
+
+
+def _standard_error(right: int, count: int) -> float:
+    share = right / count
+    return math.sqrt(share * (1 - share) / count)
+
+
+def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
+    """At most `limit` items at even distances."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+def write(results: dict[str, Any], questions: Sequence[Any], output: Path) -> None:
+    """Writes results.json and the images of the examples; notes each image's file name in its example."""
+    output.mkdir(parents=True, exist_ok=True)
+    images = {question.row_id: question.images for question in questions}
+    for number, example in enumerate(results["examples"]):
+        if images[example["row"]]:
+            example["image"] = f"{number:03d}.png"
+            images[example["row"]][0].save(output / example["image"])
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""Answers from a model: a static cache, a prefill and a compiled loop."""

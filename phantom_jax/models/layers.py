@@ -1,0 +1,80 @@
+"""The two parameterised pieces every module is made of: dense projections over named axes, and norms."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from phantom_jax import axes
+from phantom_jax.ops import norm
+
+
+def scaled_normal(fan_in: int, gain: float = 1.0) -> Any:
+    """Normal of standard deviation `gain / sqrt(fan_in)`; the fan-in is given because kernels have several axes."""
+    return nn.initializers.normal(gain * fan_in**-0.5)
+
+
+class Dense(nn.Module):
+    """Linear map of the last `len(input_shape)` axes to `output_shape`, with logical axis names.
+
+    Attributes:
+      input_shape, output_shape: sizes of the contracted and of the new axes.
+      input_axes, output_axes: logical axis names of the kernel [*input_shape, *output_shape].
+      use_bias: whether a bias [*output_shape] is added.
+      dtype: of the computation; parameters keep their own.
+      gain: factor on the initial standard deviation 1 / sqrt(fan-in).
+    """
+
+    input_shape: Sequence[int]
+    output_shape: Sequence[int]
+    input_axes: Sequence[str]
+    output_axes: Sequence[str]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs, outputs = tuple(self.input_shape), tuple(self.output_shape)
+        fan_in = 1
+        for size in inputs:
+            fan_in *= size
+        init = nn.with_logical_partitioning(
+            scaled_normal(fan_in, self.gain), (*self.input_axes, *self.output_axes)
+        )
+        kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32).astype(self.dtype)
+        contracted = len(inputs)
+        dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (dimensions, ((), ())))
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.output_axes))
+            bias = self.param("bias", bias_init, outputs, jnp.float32).astype(self.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - len(outputs)) + outputs)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis with a learned scale."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (axes.NORM,))
+        return norm.rms_norm(x, self.param("scale", init, x.shape[-1:], jnp.float32), self.epsilon)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with a learned scale and bias."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (axes.NORM,))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (axes.NORM,))
+        scale = self.param("scale", ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", zeros, x.shape[-1:], jnp.float32)
+        return norm.layer_norm(x, scale, bias, self.epsilon)

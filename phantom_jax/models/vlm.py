@@ -1,0 +1,129 @@
+"""The vision-language model: vision tower, projector and decoder behind one batch."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from phantom_jax.batch import IGNORE
+from phantom_jax.models.decoder import Cache, Decoder, DecoderConfig, DecoderOutput
+from phantom_jax.models.projector import Projector, ProjectorConfig
+from phantom_jax.models.vision_tower import VisionTower, VisionTowerConfig
+from phantom_jax.ops.attention import Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLanguageConfig:
+    """The three parts; the projector joins the other two.
+
+    Attributes:
+      vision_tower, projector, language_model: the parts.
+    """
+
+    vision_tower: VisionTowerConfig
+    projector: ProjectorConfig
+    language_model: DecoderConfig
+
+    def __post_init__(self):
+        vision, projector, decoder = self.vision_tower, self.projector, self.language_model
+        if (projector.vision_dim, projector.embed_dim) != (vision.embed_dim, decoder.embed_dim):
+            raise ValueError(
+                f"the projector maps {projector.vision_dim} to {projector.embed_dim}, but the vision tower is "
+                f"{vision.embed_dim} and the decoder {decoder.embed_dim} wide"
+            )
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens that one tile of the tower's own size becomes."""
+        return (self.vision_tower.grid // self.projector.shuffle) ** 2
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["log_probs", "correct"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """How the model sees each target of a batch.
+
+    Attributes:
+      log_probs: [B, L] float32 log-probability of the target, 0 where there is none.
+      correct: [B, L] bool, whether the target is the most likely token; True where there is none.
+    """
+
+    log_probs: jax.Array
+    correct: jax.Array
+
+
+class VisionLanguageModel(nn.Module):
+    """Reads the fields of `phantom_jax.batch.Batch`; pixels are float and normalised here.
+
+    Attributes:
+      config: the three parts.
+      dtype: of the computation; parameters keep their own.
+      attention_backend: of the decoder, see `ops.attention`.
+      keep_layer_inputs: whether `hidden_states` also returns the input of every decoder layer.
+    """
+
+    config: VisionLanguageConfig
+    dtype: Any = jnp.float32
+    attention_backend: str = "xla"
+    keep_layer_inputs: bool = False
+
+    def setup(self):
+        config = self.config
+        self.vision_tower = VisionTower(config.vision_tower, self.dtype)
+        self.projector = Projector(config.projector, self.dtype)
+        self.language_model = Decoder(config.language_model, self.dtype, self.attention_backend, self.keep_layer_inputs)
+
+    def image_features(self, pixels_BIHWC: jax.Array) -> jax.Array:
+        """Image tokens [B, I * P, D] of the tiles [B, I, H, W, 3] of each row."""
+        batch, tiles, *image = pixels_BIHWC.shape
+        features = self.vision_tower(pixels_BIHWC.reshape(batch * tiles, *image))
+        features = self.projector(features[:, 1:])
+        return features.reshape(batch, -1, features.shape[-1])
+
+    def hidden_states(self, batch: Mapping[str, jax.Array], *, rope_length: int, cache: Cache | None = None):
+        """Runs the decoder over a batch.
+
+        Args:
+          batch: `token_ids`, `positions`, `segment_ids`; with images also `pixels` and `image_slots`; `branch_ids`
+            where there are branches.
+          rope_length: longest single conversation, static.
+          cache: of the tokens before these, for decoding.
+
+        Returns:
+          `DecoderOutput`.
+        """
+        token_ids = batch["token_ids"]
+        branch_ids = batch.get("branch_ids")
+        if branch_ids is None:
+            branch_ids = jnp.zeros_like(token_ids)
+        x_BLD = self.language_model.embed(token_ids)
+        if "pixels" in batch:
+            features = self.image_features(batch["pixels"])
+            slots = batch["image_slots"][:, :, None]
+            x_BLD = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x_BLD)
+        structure = Structure(batch["positions"], batch["segment_ids"], branch_ids)
+        return self.language_model(x_BLD, structure, rope_length=rope_length, cache=cache)
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """[B, L, V] float32."""
+        return self.language_model.logits(hidden_BLD)
+
+    def __call__(self, batch: Mapping[str, jax.Array], *, rope_length: int) -> jax.Array:
+        """Logits [B, L, V] float32 of a whole batch."""
+        return self.logits(self.hidden_states(batch, rope_length=rope_length).hidden)
+
+    def score(self, batch: Mapping[str, jax.Array], *, rope_length: int) -> TokenScores:
+        """Log-probability and correctness of every target of the batch."""
+        targets = batch["targets"]
+        logits = self(batch, rope_length=rope_length)
+        present = targets != IGNORE
+        chosen = jnp.take_along_axis(logits, jnp.where(present, targets, 0)[:, :, None], axis=-1)[:, :, 0]
+        log_probs = jnp.where(present, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+        return TokenScores(log_probs, ~present | (jnp.argmax(logits, axis=-1) == targets))
+
+
+__all__ = ["Cache", "DecoderOutput", "TokenScores", "VisionLanguageConfig", "VisionLanguageModel"]

@@ -1,0 +1,1 @@
+"""Pure functions of arrays. They import jax and nothing of this package."""

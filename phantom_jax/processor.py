@@ -1,0 +1,228 @@
+"""From questions and images to what a model reads, and from its tokens back to text."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers
+
+from phantom_jax.batch import IGNORE, Batch
+from phantom_jax.data import conversation, tiles
+from phantom_jax.data.conversation import Conversation, Template, Turn
+from phantom_jax.data.tokenizer import PAD, load_tokenizer, save_tokenizer
+from phantom_jax.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_CONFIG = "processor_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One question with its images, ready to be answered.
+
+    Attributes:
+      token_ids: [n] int32.
+      image_slots: [n] int32, -1 for text, else an index into the features of `tiles`, tile by tile.
+      tiles: [T, H, W, 3] uint8.
+    """
+
+    token_ids: np.ndarray
+    image_slots: np.ndarray
+    tiles: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Tokenizer, template and tiling of one model.
+
+    Attributes:
+      tokenizer: the fast tokenizer; the template's special tokens must be in it.
+      template: the text around the turns of a conversation.
+      tile_size: edge of a tile in pixels.
+      max_tiles: most tiles of an image, not counting the thumbnail.
+      tokens_per_tile: how many features the projector makes of a tile.
+      max_length: the context: most tokens of one conversation, its answer included.
+      mean, std: by which pixels (from 0 to 1) are normalised, for each channel.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    template: Template
+    tile_size: int
+    max_tiles: int
+    tokens_per_tile: int
+    max_length: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self):
+        for token in (self.template.image_token, self.template.answer_end):
+            if self.tokenizer.token_to_id(token) is None:
+                raise InputError(
+                    f"The tokenizer does not have the template's token {token!r}. "
+                    "Set the template to the one that the tokenizer was made for."
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.token_to_id(self.template.image_token)
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer.token_to_id(self.template.answer_end)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.token_to_id(PAD)
+        return self.end_id if pad is None else pad
+
+    @functools.cached_property
+    def _tokenize(self):
+        # In a copy of the tokenizer special tokens are plain text: what a user writes cannot open or end a turn.
+        plain = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        plain.encode_special_tokens = True
+
+        @functools.lru_cache(maxsize=2**16)
+        def tokenize(text: str, markup: bool) -> tuple[int, ...]:
+            tokenizer = self.tokenizer if markup else plain
+            return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+
+        return tokenize
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Ids of what a user or a model wrote; special tokens in it count as plain text."""
+        return self._tokenize(text, False)
+
+    def encode_image(self, image: tiles.Source, name: str | None = None) -> np.ndarray:
+        """Opens an image and cuts it into [T, tile_size, tile_size, 3] uint8 tiles; errors as in `tiles.open_image`."""
+        return tiles.split_tiles(tiles.open_image(image, name), tile_size=self.tile_size, max_tiles=self.max_tiles)
+
+    def encode_conversation(
+        self, turns: Sequence[Turn], tile_counts: Sequence[int], *, name: str = "The prompt"
+    ) -> Conversation:
+        """Tokens of a conversation about images with that many tiles each.
+
+        Raises:
+          InputError: it is longer than the context, or its `<image>` marks do not fit the images. Nothing is ever cut.
+        """
+        features = [count * self.tokens_per_tile for count in tile_counts]
+        encoded = conversation.encode(turns, features, self.template, self._tokenize, name=name)
+        length = len(encoded.token_ids)
+        if length > self.max_length:
+            raise InputError(
+                f"{name} has {length} tokens ({sum(features)} of them for images), but the context is {self.max_length}."
+                " Shorten it, give fewer or smaller images, or set processor.max_length higher."
+            )
+        return encoded
+
+    def encode_prompt(
+        self, question: str, images: Sequence[tiles.Source] = (), *, history: Sequence[tuple[str, str]] = ()
+    ) -> Prompt:
+        """Everything up to where the answer to `question` begins.
+
+        Args:
+          question: what the user says. `<image>` says where an image stands; without it, images come first.
+          images: encoded bytes, paths or open images, for all turns.
+          history: earlier questions and answers.
+
+        Raises:
+          InputError: as in `encode_conversation` and `tiles.open_image`.
+        """
+        cut = [self.encode_image(image) for image in images]
+        encoded = self.encode_conversation([*history, (question, None)], [len(image) for image in cut])
+        empty = np.zeros((0, self.tile_size, self.tile_size, 3), np.uint8)
+        return Prompt(encoded.token_ids, encoded.image_slots, np.concatenate([empty, *cut]))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of an answer, up to its end marker, stripped."""
+        ids = [int(token) for token in token_ids]
+        if self.end_id in ids:
+            ids = ids[: ids.index(self.end_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the tokenizer in Hugging Face format, and processor_config.json."""
+        save_tokenizer(self.tokenizer, directory, end_of_answer=self.template.answer_end)
+        config = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tokenizer"
+        }
+        config["template"] = dataclasses.asdict(self.template)
+        (pathlib.Path(directory) / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "Processor":
+        """Reads what `save` wrote.
+
+        Raises:
+          InputError: a file is missing or does not hold a processor.
+        """
+        path = pathlib.Path(directory) / _CONFIG
+        if not path.is_file():
+            raise InputError(f"There is no {path}. Give a folder that a model was saved to.")
+        try:
+            config = json.loads(path.read_text())
+            config["template"] = Template(**config["template"])
+            config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
+            return cls(tokenizer=load_tokenizer(directory), **config)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} does not describe a processor: {error}. Save the model again.") from error
+
+
+def pad_prompts(
+    prompts: Sequence[Prompt], *, pad_id: int, length: int | None = None, max_tiles: int | None = None
+) -> Batch:
+    """Batches prompts for generation, padded on the left so that all end at the same place.
+
+    Args:
+      prompts: at least one.
+      pad_id: fills `token_ids` where `segment_ids` is 0.
+      length: tokens of a row; by default those of the longest prompt.
+      max_tiles: tiles of a row; by default those of the prompt that has most.
+
+    Returns:
+      A batch without targets, where each row's first real token has position 0. `row_ids` count the prompts.
+
+    Raises:
+      InputError: a prompt is longer than `length` or has more tiles than `max_tiles`.
+    """
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    most = max(len(prompt.tiles) for prompt in prompts)
+    length, max_tiles = length or longest, most if max_tiles is None else max_tiles
+    if longest > length or most > max_tiles:
+        raise InputError(
+            f"A prompt has {longest} tokens and a prompt has {most} tiles, but rows hold {length} and {max_tiles}. "
+            "Shorten the prompt or set the context higher."
+        )
+    shape = (len(prompts), length)
+    ids, slots = np.full(shape, pad_id, np.int32), np.full(shape, -1, np.int32)
+    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    pixels = np.zeros((len(prompts), max_tiles, *prompts[0].tiles.shape[1:]), np.uint8)
+    for row, prompt in enumerate(prompts):
+        count = len(prompt.token_ids)
+        ids[row, length - count :] = prompt.token_ids
+        slots[row, length - count :] = prompt.image_slots
+        positions[row, length - count :] = np.arange(count)
+        segments[row, length - count :] = 1
+        pixels[row, : len(prompt.tiles)] = prompt.tiles
+    return Batch(
+        token_ids=ids,
+        positions=positions,
+        segment_ids=segments,
+        branch_ids=np.zeros(shape, np.int32),
+        image_slots=slots,
+        targets=np.full(shape, IGNORE, np.int32),
+        sft_mask=np.zeros(shape, bool),
+        answer_slots=np.zeros(shape, np.int32),
+        pixels=pixels,
+        row_ids=np.arange(len(prompts), dtype=np.int32),
+    )
