@@ -252,7 +252,7 @@ def dpo(beta: float = 0.1) -> Objective:
             )
         if reference_BS.shape[1] % 2:
             raise InputError(
-                f"reference_logps has {reference_BS.shape[1]} slots a row; each pair has two, so the number must be even."
+                f"reference_logps has {reference_BS.shape[1]} slots a row. Each pair has two: give an even number."
             )
         return reference_BS.shape[1]
 
@@ -288,9 +288,9 @@ def orpo(beta: float = 0.1) -> Objective:
 
     def terms(log_probs_BL, batch):
         chosen_BK, rejected_BK, paired_BK = _mean_log_probs(log_probs_BL, batch)
-        # Absent answers have a mean of 0, where the log odds' slope is at its largest: they must not reach the slope.
-        log_odds_BK = log_odds(jnp.where(paired_BK, chosen_BK, -1.0)) - log_odds(jnp.where(paired_BK, rejected_BK, -1.0))
-        loss_BK = -jax.nn.log_sigmoid(log_odds_BK)
+        # The mean of an absent answer is 0, where log odds are steepest: keep it away from them.
+        odds_BK = [log_odds(jnp.where(paired_BK, mean_BK, -1.0)) for mean_BK in (chosen_BK, rejected_BK)]
+        loss_BK = -jax.nn.log_sigmoid(odds_BK[0] - odds_BK[1])
         return _pair_terms(loss_BK, (beta * chosen_BK, beta * rejected_BK), (chosen_BK, rejected_BK), paired_BK)
 
     return _with_sft(Objective(terms, _pair_weights, {}), {"sft": 1.0, "preference": beta})

@@ -87,21 +87,18 @@ class Processor:
         return self.end_id if pad is None else pad
 
     @functools.cached_property
-    def _tokenize(self):
+    def tokenize(self) -> conversation.Tokenize:
+        """Ids of a piece of text; only with `markup=True` do special tokens in it count as such."""
         # In a copy of the tokenizer special tokens are plain text: what a user writes cannot open or end a turn.
         plain = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
         plain.encode_special_tokens = True
 
         @functools.lru_cache(maxsize=2**16)
-        def tokenize(text: str, markup: bool) -> tuple[int, ...]:
+        def tokenize(text: str, markup: bool = False) -> tuple[int, ...]:
             tokenizer = self.tokenizer if markup else plain
             return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
         return tokenize
-
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """Ids of what a user or a model wrote; special tokens in it count as plain text."""
-        return self._tokenize(text, False)
 
     def encode_image(self, image: tiles.Source, name: str | None = None) -> np.ndarray:
         """Opens an image and cuts it into [T, tile_size, tile_size, 3] uint8 tiles; errors as in `tiles.open_image`."""
@@ -116,12 +113,12 @@ class Processor:
           InputError: it is longer than the context, or its `<image>` marks do not fit the images. Nothing is ever cut.
         """
         features = [count * self.tokens_per_tile for count in tile_counts]
-        encoded = conversation.encode(turns, features, self.template, self._tokenize, name=name)
+        encoded = conversation.encode(turns, features, self.template, self.tokenize, name=name)
         length = len(encoded.token_ids)
         if length > self.max_length:
             raise InputError(
-                f"{name} has {length} tokens ({sum(features)} of them for images), but the context is {self.max_length}."
-                " Shorten it, give fewer or smaller images, or set processor.max_length higher."
+                f"{name} has {length} tokens, {sum(features)} of them for images; the context is {self.max_length}. "
+                "Shorten it, give fewer or smaller images, or set processor.max_length higher."
             )
         return encoded
 

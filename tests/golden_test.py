@@ -13,6 +13,7 @@ from phantom_jax.batch import IGNORE
 from phantom_jax.checkpoints import hf
 from phantom_jax.generation.decode import greedy
 from phantom_jax.models.vlm import VisionLanguageModel
+from phantom_jax.trees import flatten
 
 ROOT = pathlib.Path(os.environ.get("PHANTOM_JAX_GOLDEN", pathlib.Path(__file__).parent / "golden"))
 FOLDERS = sorted(path.name for path in ROOT.iterdir() if (path / "golden.npz").is_file())
@@ -154,7 +155,7 @@ def test_every_gradient(golden):
         return -scores.log_probs.sum() / count
 
     gradients = jax.jit(jax.grad(loss))(golden.params)
-    flat = {path: np.asarray(leaf) for path, leaf in hf.flatten(gradients, {}).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in flatten({"params": gradients}).items()}
     expected, compared, wrong = load_file(golden.folder / "grads.safetensors"), set(), []
     for row in hf.table(golden.checkpoint.config, golden.checkpoint.published):
         for layer, name in enumerate(row.names()):

@@ -15,9 +15,7 @@ from phantom_jax.errors import InputError
 SLOTS = np.array([[0, 1, 1, 1, 2, 2, 3, 4], [0, 0, 1, 1, 0, 0, 0, 0]], np.int32)
 SFT = np.array([[0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 0, 0, 0, 0]], bool)
 TARGETS = np.where((SLOTS > 0) | SFT, 7, IGNORE).astype(np.int32)
-LOG_PROBS = np.array(
-    [[0, -0.5, -1.0, -1.5, -2.0, -3.0, -0.25, -0.75], [0, -4.0, -0.1, -0.3, 0, 0, 0, 0]], np.float32
-)
+LOG_PROBS = np.array([[0, -0.5, -1.0, -1.5, -2.0, -3.0, -0.25, -0.75], [0, -4.0, -0.1, -0.3, 0, 0, 0, 0]], np.float32)
 CHOSEN = np.array([-1.0, -0.25])  # mean log-probability of a token
 REJECTED = np.array([-2.5, -0.75])
 NLL = (3.0 + 0.25 + 4.0 + 0.4) / 7

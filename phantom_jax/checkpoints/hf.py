@@ -19,6 +19,7 @@ from flax.linen import meta
 from phantom_jax.checkpoints import hf_config, names
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
+from phantom_jax.trees import flatten, unflatten
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -76,27 +77,9 @@ def table(config: VisionLanguageConfig, published: hf_config.Published) -> list[
     return names.llava_original_table(config)
 
 
-def flatten(params: Any, unused: Any) -> dict[str, Any]:
-    """{`params/...` or `unused/...`: array} of both trees."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path({"params": params, "unused": unused})
-    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(flat: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The inverse of `flatten`."""
-    trees: dict[str, Any] = {"params": {}, "unused": {}}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = trees
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return trees["params"], trees["unused"]
-
-
 def shapes(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by path, the unused ones of a CLIP tower included."""
-    used = {path: leaf.shape for path, leaf in flatten(parameter_shapes(config), {}).items()}
+    used = {path: leaf.shape for path, leaf in flatten({"params": parameter_shapes(config)}).items()}
     if not config.vision_tower.pre_norm:
         return used
     prefix, unused = "params/vision_tower/layers/", {}
@@ -181,8 +164,8 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
                 if path not in flat:
                     flat[path] = np.empty((row.layers, *array.shape), array.dtype)
                 flat[path][layer] = array
-    params, unused = unflatten(flat)
-    return Checkpoint(config, params, unused, published, tokens)
+    trees = unflatten(flat)
+    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
 
 
 def _row_shapes(row: names.Row, ours: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -217,7 +200,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
       InputError: the layout cannot express the model.
     """
     directory = pathlib.Path(directory)
-    flat = flatten(checkpoint.params, checkpoint.unused)
+    flat = flatten({"params": checkpoint.params, "unused": checkpoint.unused})
     tensors: dict[str, np.ndarray] = {}
     for row in table(checkpoint.config, checkpoint.published):
         if any(path not in flat for path in row.paths):

@@ -39,6 +39,21 @@ class Published:
     vision_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def publish(config: VisionLanguageConfig, layout: str | None = None) -> Published:
+    """How a model that was made here, or came from another layout, looks outside.
+
+    Args:
+      config: the model.
+      layout: one of `FORMATS`; by default the one that fits its projector.
+    """
+    if layout is None:
+        fitting = {"pixel_shuffle": "phantom", "linear": "llava-original", "mlp2x_gelu": "llava-hf"}
+        layout = fitting[config.projector.kind]
+    if layout != "phantom":
+        return Published(layout, "llama")
+    return Published(layout, "qwen2" if config.language_model.qkv_bias else "internlm2")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
     """Token ids that generation needs.

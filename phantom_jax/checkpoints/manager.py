@@ -2,7 +2,7 @@
 
 A checkpoint is a folder named by its global step with three items: `state` (arrays, nested dictionaries of them),
 `data` (where the data iterator stands) and `meta` (progress and config), the latter two as JSON. It is either complete
-or absent: Orbax writes to a temporary folder and renames it, and leftovers of a killed run are removed at the next start.
+or absent: Orbax writes to a temporary folder and renames it. Leftovers of a killed run go when the next one saves.
 """
 
 import re

@@ -5,7 +5,8 @@ known by construction and a prompt has the same tokens whether an answer follows
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -42,19 +43,25 @@ class Template:
 
 _MARKS = {"image_begin": "<img>", "image_token": "<IMG_CONTEXT>", "image_end": "</img>"}
 
+_CHATML = Template(
+    user="<|im_start|>user\n", assistant="<|im_end|><|im_start|>assistant\n", answer_end="<|im_end|>", **_MARKS
+)
+
 TEMPLATES = {
-    "chatml": Template(
-        user="<|im_start|>user\n", assistant="<|im_end|><|im_start|>assistant\n", answer_end="<|im_end|>", **_MARKS
-    ),
+    "qwen2": _CHATML,
+    "internlm2": _CHATML,
     "phi3": Template(user="<|user|>\n", assistant="<|end|><|assistant|>\n", answer_end="<|end|>", **_MARKS),
 }
-"""By name: `chatml` for the Phantoms on Qwen2 and InternLM2, `phi3` for the one on Phi-3. None has a system turn."""
+"""Those of the Phantoms, by their language model. None has a system turn."""
 
 Turn = tuple[str, str | None]
 """A question and its answer; None where the model is to answer."""
 
-Tokenize = Callable[[str, bool], Sequence[int]]
-"""(text, markup): ids of a piece of text. Only in markup do special tokens count; a user cannot write them."""
+
+class Tokenize(Protocol):
+    """Ids of a piece of text. Only in markup do special tokens count as such: a user cannot write them."""
+
+    def __call__(self, text: str, markup: bool = False) -> Sequence[int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +103,10 @@ def encode(
     slots: list[int] = []
     supervised: list[bool] = []
     first_slot = [0, *np.cumsum(features, dtype=int).tolist()]
-    image_id = tokenize(template.image_token, True)[0]
+    image_id = tokenize(template.image_token, markup=True)[0]
 
     def add(text: str, *, markup: bool = True, answer: bool = False):
-        piece = tokenize(text, markup) if text else ()
+        piece = tokenize(text, markup=markup) if text else ()
         ids.extend(piece)
         slots.extend([-1] * len(piece))
         supervised.extend([answer] * len(piece))
@@ -152,8 +159,8 @@ class Segment:
         return len(self.token_ids)
 
 
-def lay_out(pairs: Sequence[tuple[Conversation, Conversation | None]]) -> Segment:
-    """Lays out pairs of a chosen and, where there is one, a rejected conversation on the same images.
+def lay_out(pairs: Sequence[Sequence[Conversation]]) -> Segment:
+    """Lays out pairs of conversations on the same images: the chosen one and, where there is one, the rejected one.
 
     What all of them begin with is written once, up to where the first last answer begins; the prefix's last token opens
     every branch. So a single question's chosen and rejected answers share the whole prompt, and several questions
@@ -166,7 +173,6 @@ def lay_out(pairs: Sequence[tuple[Conversation, Conversation | None]]) -> Segmen
         (conversation, 2 * k + 1 + rejected)
         for k, pair in enumerate(pairs)
         for rejected, conversation in enumerate(pair)
-        if conversation is not None
     ]
     # The token before the first difference must stand in every branch: it has several successors.
     opening = max(0, _shared([conversation for conversation, _ in branches]) - 1)

@@ -60,8 +60,7 @@ class HandwrittenNumbers(tfds.core.GeneratorBasedBuilder):
         scans, labels = handwritten_numbers.load_scans()
         splits = handwritten_numbers.split_scans(labels)
         return {
-            split: self._generate_examples(split, scans[indices], labels[indices])
-            for split, indices in splits.items()
+            split: self._generate_examples(split, scans[indices], labels[indices]) for split, indices in splits.items()
         }
 
     def _generate_examples(self, split: str, scans: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict]]:

@@ -3,9 +3,16 @@
 import dataclasses
 import importlib
 import os
-from collections.abc import Sequence
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import tokenizers
+
+from phantom_jax.data.conversation import TEMPLATES, Template
+from phantom_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from phantom_jax.errors import InputError
 
 SOURCES = {
@@ -13,6 +20,9 @@ SOURCES = {
     "handwritten_numbers/tiny": "phantom_jax.data.records:HandwrittenNumbers:tiny",
 }
 """Name -> module, builder and its configuration; imported where it is needed."""
+
+TOKENIZER = "tokenizer"
+"""Folder of a data set's tokenizer, beside its records."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,29 +46,50 @@ class Record:
     questions: tuple[Question, ...]
 
 
+CACHE_BYTES = 2**28
+"""How many bytes of encoded images `Records` keeps in memory."""
+
+
 class Records(Sequence[Record]):
-    """The records of one split, read from disk one by one; safe to read from several threads."""
+    """The records of one split, in any order; safe to read from several threads.
+
+    What has been read stays in memory, up to `CACHE_BYTES`.
+    """
 
     def __init__(self, name: str, split: str, source: Sequence[dict[str, Any]]):
         self.name, self.split, self._source = name, split, source
+        self._cache: dict[int, Record] = {}
+        self._cached_bytes = 0
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        fields = self._source[index]
-        columns = fields["questions"]
-        questions = zip(*(columns[field.name] for field in dataclasses.fields(Question)), strict=True)
-        return Record(
-            id=fields["id"].decode(),
-            image=fields["image"],
-            digits=tuple(map(int, fields["digits"])),
-            rows=int(fields["rows"]),
-            questions=tuple(Question(*(text.decode() for text in question)) for question in questions),
-        )
+        index = range(len(self))[index]
+        record = self._cache.get(index)
+        if record is None:
+            record = _to_record(self._source[index])
+            if self._cached_bytes + len(record.image) <= CACHE_BYTES:
+                self._cache[index] = record
+                self._cached_bytes += len(record.image)
+        return record
 
     def __repr__(self) -> str:
         return f"Records({self.name}, {self.split}, {len(self)})"
+
+
+def _to_record(fields: dict[str, Any]) -> Record:
+    columns = [fields["questions"][field.name] for field in dataclasses.fields(Question)]
+    return Record(
+        id=fields["id"].decode(),
+        image=fields["image"],
+        digits=tuple(map(int, fields["digits"])),
+        rows=int(fields["rows"]),
+        # The same few texts come again and again; one copy of each is kept.
+        questions=tuple(
+            Question(*(sys.intern(text.decode()) for text in question)) for question in zip(*columns, strict=True)
+        ),
+    )
 
 
 def _builder(name: str, data_dir: str | os.PathLike):
@@ -69,15 +100,41 @@ def _builder(name: str, data_dir: str | os.PathLike):
     return builder_class(config=config, data_dir=os.fspath(data_dir), file_format="array_record")
 
 
+def _prepared(name: str, data_dir: str | os.PathLike):
+    builder = _builder(name, data_dir)
+    if not builder.is_prepared():
+        raise InputError(f"{name} is not prepared in {data_dir}. Prepare it, or set data.data_dir to where it is.")
+    return builder
+
+
 def prepare(name: str, data_dir: str | os.PathLike) -> str:
-    """Writes a data set's records under `data_dir`, unless they are there.
+    """Writes a data set's records under `data_dir`, and a tokenizer trained on its training text, unless they are there.
 
     Returns:
-      The folder that they are in. An interrupted preparation leaves none.
+      The folder that they are in. An interrupted preparation leaves nothing that counts as prepared.
     """
     builder = _builder(name, data_dir)
     builder.download_and_prepare()
-    return os.fspath(builder.data_path)
+    folder = pathlib.Path(os.fspath(builder.data_path))
+    if not (folder / TOKENIZER).exists():
+        template = TEMPLATES["qwen2"]
+        tokenizer = train_tokenizer(_texts(open_records(name, "train", data_dir), template))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            save_tokenizer(tokenizer, pathlib.Path(scratch) / TOKENIZER, end_of_answer=template.answer_end)
+            (pathlib.Path(scratch) / TOKENIZER).rename(folder / TOKENIZER)
+    return str(folder)
+
+
+def _texts(records: Records, template: Template) -> Iterator[str]:
+    yield from (template.user, template.assistant)
+    for record in records:
+        for question in record.questions:
+            yield from (question.question, question.chosen, question.rejected)
+
+
+def open_tokenizer(name: str, data_dir: str | os.PathLike) -> tokenizers.Tokenizer:
+    """The tokenizer that was trained on a prepared data set; errors as `open_records`."""
+    return load_tokenizer(_prepared(name, data_dir).data_path / TOKENIZER)
 
 
 def open_records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
@@ -90,7 +147,9 @@ def open_records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
 
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
-        raise InputError(f"{name} is not prepared in {data_dir}. Prepare it first, or set data.data_dir to where it is.")
+        raise InputError(
+            f"{name} is not prepared in {data_dir}. Prepare it first, or set data.data_dir to where it is."
+        )
     if split not in builder.info.splits:
         raise InputError(f"{name} has no split {split!r}. Set split to one of: {', '.join(builder.info.splits)}.")
     decoders = {"image": tfds.decode.SkipDecoding()}

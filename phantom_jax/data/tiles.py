@@ -7,6 +7,7 @@ a thumbnail of the whole when there is more than one tile (Phantom's and InternV
 import functools
 import io
 import os
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -36,45 +37,59 @@ def open_image(source: Source, name: str | None = None) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source)
-    if isinstance(source, bytes):
-        name, stream = name or "the image", io.BytesIO(source)
-        if not source:
-            raise InputError(f"{name} is empty (0 bytes). Give it again, or leave it out.")
-    else:
-        name = name or os.fspath(source)
-        try:
-            stream = open(source, "rb")
-        except OSError as error:
-            raise InputError(f"Image {name} cannot be read: {error.strerror}. Check the path.") from error
+    stream, name = _stream(source, name)
     with stream:
-        try:
-            image = Image.open(stream, formats=FORMATS)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise InputError(f"{name} is too large to decode: {error} Scale it down first.") from error
-        # Decoders of damaged files raise nearly every class of exception, so that no narrower list would do.
-        except Exception as error:
-            start = _first_bytes(stream)
-            raise InputError(
-                f"{name} is not an image of the formats {', '.join(FORMATS)} (it begins with {start!r}). "
-                "Convert it to PNG or JPEG."
-            ) from error
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise InputError(
-                f"{name} has {width} x {height} pixels; at most {MAX_PIXELS} are decoded. Scale it down first."
-            )
+        image = _header(stream, name)
         try:
             image.load()
             return _to_rgb(image)
+        # Decoders of damaged files raise nearly every class of exception, so that no narrower list would do.
         except Exception as error:
+            width, height = image.size
             raise InputError(
                 f"{name} ({image.format}, {width} x {height}) is cut short or damaged: {error}. Give an intact file."
             ) from error
 
 
-def _first_bytes(stream) -> bytes:
-    stream.seek(0)
-    return stream.read(16)
+def image_size(source: Source, name: str | None = None) -> tuple[int, int]:
+    """Width and height from the header alone; errors as `open_image`, except that the pixels may still be damaged."""
+    if isinstance(source, Image.Image):
+        return source.size
+    stream, name = _stream(source, name)
+    with stream:
+        return _header(stream, name).size
+
+
+def _stream(source: bytes | str | os.PathLike, name: str | None) -> tuple[BinaryIO, str]:
+    if isinstance(source, bytes):
+        name = name or "The image"
+        if not source:
+            raise InputError(f"{name} is empty (0 bytes). Give it again, or leave it out.")
+        return io.BytesIO(source), name
+    name = name or os.fspath(source)
+    try:
+        return open(source, "rb"), name
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}. Check the path.") from error
+
+
+def _header(stream: BinaryIO, name: str) -> Image.Image:
+    try:
+        image = Image.open(stream, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{name} is too large to decode: {error} Scale it down first.") from error
+    except Exception as error:
+        stream.seek(0)
+        raise InputError(
+            f"{name} is not an image of the formats {', '.join(FORMATS)} (it begins with {stream.read(16)!r}). "
+            "Convert it to PNG or JPEG."
+        ) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"{name} has {width} x {height} pixels; at most {MAX_PIXELS} are decoded. Scale it down first."
+        )
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -97,8 +112,8 @@ def _grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
 def tile_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
     """Picks the grid for an image of `width` x `height` pixels.
 
-    The grid with the nearest ratio of width to height wins. Of two that are equally near, the larger one wins only where
-    the image has pixels for at least half of it.
+    The grid with the nearest ratio of width to height wins. Of two that are equally near, the larger one wins only
+    where the image has pixels for more than half of it.
 
     Returns:
       (columns, rows), with columns * rows <= max_tiles.

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer, trained on the questions and answers of a data set and kept in Hugging Face format."""
+"""A small byte-level BPE tokenizer, trained on a data set's text and kept in Hugging Face format."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PAD = "<|endoftext|>"
 SPECIAL_TOKENS = (PAD, "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
 WORDS = r"\d| ?[^\s\d]+\n?|\s+"
-"""What merges never cross: each digit alone; a word with its punctuation, the space before and a line's end after it."""
+"""What merges never cross: each digit alone; a word, its punctuation, the space before and a line's end after it."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> tokenizers.Tokenizer:

@@ -1,5 +1,6 @@
 """Exact match of greedily generated answers, in all, by kind of question and by digit count."""
 
+import io
 import json
 import math
 from collections import defaultdict
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phantom_jax.errors import InputError
+from PIL import Image
 
 # How many answered images are kept beside the numbers.
 EXAMPLES = 24
@@ -19,7 +20,7 @@ def score(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[st
     An answer is right when it equals the truth, white space at both ends aside.
 
     Args:
-      questions: each with `.truth`, `.kind` and `.digit_count`.
+      questions: each with `.truth`, `.kind` and `.digits`.
       answers: one for each question.
 
     Returns:
@@ -28,29 +29,22 @@ def score(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[st
     groups: dict[str, dict[str, list[int]]] = {name: defaultdict(lambda: [0, 0]) for name in ("all", "kind", "digits")}
     for question, answer in zip(questions, answers, strict=True):
         right = answer.strip() == question.truth.strip()
-        for group, key in (("all", "all"), ("kind", question.kind), ("digits", str(question.digit_count))):
+        for group, key in (("all", "all"), ("kind", question.kind), ("digits", str(question.digits))):
             groups[group][key][0] += right
             groups[group][key][1] += 1
     return {group: dict(sorted(counts.items(), key=_by_number)) for group, counts in groups.items()}
 
 
-def answer_all(handle: Any, questions: Sequence[Any], *, batch_size: int, max_new_tokens: int) -> list[str]:
-    """Answers every question, in the order given.
-
-    Questions whose images have equal sizes are answered together: they need the same number of tiles, so that few
-    shapes are compiled and little is padding.
-    """
-    order = sorted(range(len(questions)), key=lambda index: [image.size for image in questions[index].images])
-    answers = [""] * len(questions)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        texts = handle.generate(
-            [questions[index].question for index in chosen],
-            images=[questions[index].images for index in chosen],
-            max_new_tokens=max_new_tokens,
-        )
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text
+def answer_all(
+    handle: Any, questions: Sequence[Any], records: Sequence[Any], *, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """Answers every question about its record's image, in the order given."""
+    answers: list[str] = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        images = [[records[question.record].image] for question in batch]
+        texts = [question.question for question in batch]
+        answers += handle.generate(texts, images=images, max_new_tokens=max_new_tokens)
     return answers
 
 
@@ -79,21 +73,21 @@ def evaluate(
 
     Returns:
       {"source", "split", "questions": how many, "models": {name: what `score` returns},
-      "examples": [{"row", "question", "truth", "answers": {name: text}, "image": file name if written}]}.
+      "examples": [{"record", "kind", "question", "truth", "answers": {name: text}, "image": file name if written}]}.
     """
-    from phantom_jax.data.sources import questions_of
+    from phantom_jax.data.pipeline import questions_of
+    from phantom_jax.data.sources import open_records
     from phantom_jax.pretrained import load
 
-    questions = questions_of(source, data_dir, split)
-    if not questions:
-        raise InputError(f"split {split!r} of {source!r} in {data_dir!r} holds no questions. Prepare the data again.")
-    questions = spread(questions, limit)
+    records = open_records(source, split, data_dir)
+    questions = spread(questions_of(records), limit)
     answers = {}
     for name, model in zip(model_names(models), models, strict=True):
-        answers[name] = answer_all(load(model), questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        handle = load(model)
+        answers[name] = answer_all(handle, questions, records, batch_size=batch_size, max_new_tokens=max_new_tokens)
     results = summarize(questions, answers, source=source, split=split)
     if output is not None:
-        write(results, questions, Path(output))
+        write(results, records, Path(output))
     return results
 
 
@@ -112,7 +106,8 @@ def summarize(questions: Sequence[Any], answers: dict[str, list[str]], *, source
         "models": {name: score(questions, texts) for name, texts in answers.items()},
         "examples": [
             {
-                "row": questions[index].row_id,
+                "record": questions[index].record,
+                "kind": questions[index].kind,
                 "question": questions[index].question,
                 "truth": questions[index].truth,
                 "answers": {name: texts[index].strip() for name, texts in answers.items()},
@@ -160,12 +155,11 @@ def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
-def write(results: dict[str, Any], questions: Sequence[Any], output: Path) -> None:
+def write(results: dict[str, Any], records: Sequence[Any], output: Path) -> None:
     """Writes results.json and the images of the examples; notes each image's file name in its example."""
     output.mkdir(parents=True, exist_ok=True)
-    images = {question.row_id: question.images for question in questions}
     for number, example in enumerate(results["examples"]):
-        if images[example["row"]]:
-            example["image"] = f"{number:03d}.png"
-            images[example["row"]][0].save(output / example["image"])
+        example["image"] = f"{number:03d}.png"
+        with Image.open(io.BytesIO(records[example["record"]].image)) as image:
+            image.save(output / example["image"])
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

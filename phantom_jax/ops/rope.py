@@ -63,6 +63,15 @@ def frequencies(config: RopeConfig, head_dim: int, rope_length: int) -> tuple[np
     return (1.0 / (divisor * theta**exponents)).astype(np.float32), attention_factor
 
 
+def canonical_length(config: RopeConfig, rope_length: int) -> int:
+    """The shortest length with the same frequencies: what is static should not differ where nothing depends on it."""
+    if config.kind == "dynamic":
+        return max(rope_length, config.max_length)
+    if config.kind in ("su", "longrope"):
+        return min(rope_length, config.original_max_length + 1) if rope_length > config.original_max_length else 1
+    return 1
+
+
 def angles(positions_BL: jax.Array, inverse_frequencies: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, L, 1, H / 2] in float32, computed once for all layers."""
     angle = positions_BL.astype(jnp.float32)[:, :, None, None] * inverse_frequencies[None, None, None, :]

@@ -83,8 +83,8 @@ def scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformationE
 def is_decayed(path: str, ndim: int) -> bool:
     """Whether weight decay applies to a parameter by default: matrices yes, biases, norm scales and gains no.
 
-    The leading axis of scanned layers does not count, so that stacked vectors stay vectors. A bias stays one in whatever
-    shape it is stored, [heads, head_dim] for instance.
+    The leading axis of scanned layers does not count, so that stacked vectors stay vectors. A bias stays one in
+    whatever shape it is stored, [heads, head_dim] for instance.
     """
     *parents, name = path.split("/")
     if name in ("bias", "scale"):

@@ -87,10 +87,12 @@ def test_buffers_may_be_donated_while_a_save_is_under_way(tmp_path):
 def test_an_unfinished_checkpoint_is_not_seen_and_is_cleaned(tmp_path):
     with opened(tmp_path) as manager:
         checkpoints.save(manager, 1, state=make_state(), data=DATA, meta=META)
-    leftover = tmp_path / "2.orbax-checkpoint-tmp-123"
+    leftover = tmp_path / "2.orbax-checkpoint-tmp"
     os.makedirs(leftover / "state")
     with opened(tmp_path) as manager:
         assert manager.latest_step() == 1
+        checkpoints.save(manager, 2, state=make_state(), data=DATA, meta=META)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
     assert not leftover.exists()
 
 

@@ -81,7 +81,9 @@ def test_sixteen_bits_keep_their_contrast():
 def test_first_frame_of_an_animation():
     first, second = picture(seed=1).convert("P"), picture(seed=2).convert("P")
     data = encoded(first, "GIF", save_all=True, append_images=[second])
-    np.testing.assert_array_equal(np.asarray(tiles.open_image(data)), np.asarray(tiles.open_image(encoded(first, "GIF"))))
+    np.testing.assert_array_equal(
+        np.asarray(tiles.open_image(data)), np.asarray(tiles.open_image(encoded(first, "GIF")))
+    )
 
 
 def test_exif_orientation_is_left_alone():

@@ -30,7 +30,9 @@ def params():
 
     return {
         "projector": {"dense": {"kernel": normal(4, 3), "bias": normal(3)}},
-        "decoder": {"layers": {"norm": {"scale": normal(2, 3)}, "query": {"kernel": normal(2, 3, 5), "bias": normal(2, 5, 1)}}},
+        "decoder": {
+            "layers": {"norm": {"scale": normal(2, 3)}, "query": {"kernel": normal(2, 3, 5), "bias": normal(2, 5, 1)}}
+        },
     }
 
 
@@ -96,7 +98,9 @@ def test_matrices_decay_and_vectors_do_not():
     before, after = states.flatten(params()), states.flatten(after)
     decayed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert decayed == {"projector/dense/kernel", "decoder/layers/query/kernel"}
-    np.testing.assert_allclose(after["projector/dense/kernel"], before["projector/dense/kernel"] * (1 - 1e-2 * 0.1), rtol=1e-6)
+    np.testing.assert_allclose(
+        after["projector/dense/kernel"], before["projector/dense/kernel"] * (1 - 1e-2 * 0.1), rtol=1e-6
+    )
     everything, _, _ = run(BASE | {"decay_vectors": True}, params(), count=1, grads=zeros)
     assert all(not np.array_equal(before[path], leaf) for path, leaf in states.flatten(everything).items())
 

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,8 @@ from phantom_jax.batch import IGNORE
 from phantom_jax.training import state as states
 from phantom_jax.training.optimizer import make_optimizer
 from phantom_jax.training.step import make_train_step, make_validation_step, split_rows
+from tests.training.toy import WIDTH, Scores, init, make_batch, score
 
-VOCAB, WIDTH = 11, 6
 ADAM = {
     "learning_rate": 1e-2,
     "end_learning_rate": 0.0,
@@ -25,57 +23,6 @@ ADAM = {
     "eps": 1e-8,
     "clip_norm": 1.0,
 }
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Scores:
-    log_probs: jax.Array
-    correct: jax.Array
-
-
-def score(params, batch):
-    """A bigram model: the next token from this one, through a hidden layer."""
-    x_BLD = params["embed"]["table"][batch["token_ids"]]
-    x_BLD = jnp.tanh(jnp.einsum("bld,de->ble", x_BLD, params["hidden"]["kernel"]))
-    logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, params["head"]["kernel"])
-    targets_BL = batch["targets"]
-    safe_BL = jnp.where(targets_BL == IGNORE, 0, targets_BL)
-    log_probs_BLV = jax.nn.log_softmax(logits_BLV)
-    log_probs = jnp.take_along_axis(log_probs_BLV, safe_BL[..., None], axis=-1)[..., 0]
-    counted_BL = targets_BL != IGNORE
-    return Scores(
-        jnp.where(counted_BL, log_probs, 0.0), ~counted_BL | (jnp.argmax(logits_BLV, axis=-1) == targets_BL)
-    )
-
-
-def init():
-    keys = jax.random.split(jax.random.key(0), 3)
-    return {
-        "embed": {"table": jax.random.normal(keys[0], (VOCAB, WIDTH))},
-        "hidden": {"kernel": jax.random.normal(keys[1], (WIDTH, WIDTH))},
-        "head": {"kernel": jax.random.normal(keys[2], (WIDTH, VOCAB))},
-    }
-
-
-def make_batch(rows=8, length=10, seed=0):
-    """Rows with different numbers of supervised tokens; every third one without a rejected answer."""
-    rng = np.random.default_rng(seed)
-    token_ids = rng.integers(0, VOCAB, (rows, length)).astype(np.int32)
-    targets = np.roll(token_ids, -1, axis=1)
-    slots = np.zeros((rows, length), np.int32)
-    for row in range(rows):
-        chosen = 1 + rng.integers(1, 4)
-        slots[row, 1 : 1 + chosen] = 1
-        if row % 3:
-            slots[row, 6 : 6 + rng.integers(1, 4)] = 2
-    return {
-        "token_ids": token_ids,
-        "targets": np.where(slots > 0, targets, IGNORE).astype(np.int32),
-        "sft_mask": slots == 1,
-        "answer_slots": slots,
-        "row_ids": np.arange(rows, dtype=np.int32),
-    }
 
 
 def start(patterns=("**",), config=ADAM, params=None):
@@ -118,7 +65,9 @@ def test_accumulation_is_exact_although_micro_batches_weigh_differently(accumula
     # A large eps: the sign-like first step of Adam would hide or blow up rounding.
     state, optimizer = start(config=ADAM | {"eps": 1.0})
     whole, whole_metrics = jax.jit(make_train_step(score, objective, optimizer))(state, batch)
-    parts, parts_metrics = jax.jit(make_train_step(score, objective, optimizer, accumulation=accumulation))(state, batch)
+    parts, parts_metrics = jax.jit(make_train_step(score, objective, optimizer, accumulation=accumulation))(
+        state, batch
+    )
     assert_close(parts.trainable, whole.trainable, rtol=2e-6, atol=2e-7)
     assert_close(parts_metrics, whole_metrics, rtol=2e-6, atol=2e-6)
 
@@ -198,8 +147,24 @@ def test_metrics():
     batch = make_batch()
     _, metrics = jax.jit(make_train_step(score, objectives.phantom_optimization(), optimizer))(state, batch)
     assert set(metrics) == {
-        *("loss", "sft", "preference", "mean_token_accuracy", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"),
-        *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
+        *(
+            "loss",
+            "sft",
+            "preference",
+            "mean_token_accuracy",
+            "grad_norm",
+            "learning_rate",
+            "skipped",
+            "skipped_in_a_row",
+        ),
+        *(
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/accuracies",
+            "rewards/margins",
+            "logps/chosen",
+            "logps/rejected",
+        ),
     }
     correct = np.asarray(score(init(), batch).correct)
     assert float(metrics["mean_token_accuracy"]) == pytest.approx(correct[batch["sft_mask"]].mean())

@@ -1,0 +1,231 @@
+"""Records to batches: an endless, resumable stream for training, and a finite list for evaluation.
+
+Row r of epoch e depends on nothing but (seed, e, r): which images it holds, which of their questions are asked, and how
+it is laid out. So the state of the stream is one number, and a restart continues with exactly the next row.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+
+import grain
+import numpy as np
+from absl import logging
+
+from phantom_jax.batch import Batch
+from phantom_jax.data.rows import Asking, RowShape, build_row, count_tiles, length_bound
+from phantom_jax.data.sources import Question, Record, Records
+from phantom_jax.errors import InputError
+from phantom_jax.processor import Processor
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOptions:
+    """What a training row holds.
+
+    Attributes:
+      questions_per_image: how many questions share an image; all of them where a record has fewer.
+      images_per_row: how many images, each with its questions, are packed into a row. Those of many tiles go with those
+        of few, so that rows are of nearly equal size and little is padding.
+      kind_weights: how likely a kind of question is drawn, in proportion; 1 where not given, 0 for never.
+      max_digits: only records of at most so many digits; 0 for all.
+      rejected: whether the wrong answers come too.
+    """
+
+    questions_per_image: int = 1
+    images_per_row: int = 1
+    kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    max_digits: int = 0
+    rejected: bool = False
+
+    def __post_init__(self):
+        for name, least in (("questions_per_image", 1), ("images_per_row", 1), ("max_digits", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}. Set it to {least} or more.")
+        weights = dict(self.kind_weights)
+        for kind, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise InputError(f"kind_weights.{kind} is {weight}. Set it to 0 or more.")
+        object.__setattr__(self, "kind_weights", weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question of an evaluation, for counting by kind and by size.
+
+    Attributes:
+      record: index of the record.
+      kind: of the question.
+      digits: how many digits the image shows.
+      question: its text.
+      truth: its answer.
+    """
+
+    record: int
+    kind: str
+    digits: int
+    question: str
+    truth: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatch:
+    """A batch, and for each row the questions of its answer slots 1, 3, 5, ... (none for a padding row)."""
+
+    batch: Batch
+    asked: list[list[Asked]]
+
+
+class TrainingRows:
+    """The rows of all epochs by index: the random-access source that Grain reads.
+
+    Args:
+      records: where the rows come from.
+      processor: tokenizer, template and tiling.
+      options: what a row holds.
+      seed: of the order of the records and of the choice of questions.
+
+    Attributes:
+      shape: of every row, large enough for whatever a row may come to hold.
+      rows_per_epoch: how many rows one pass over the records makes.
+
+    Raises:
+      InputError: too few records are left, an unknown kind is weighted, or a conversation is longer than the context.
+    """
+
+    def __init__(self, records: Records, processor: Processor, options: RowOptions, seed: int):
+        self.records, self.processor, self.options, self.seed = records, processor, options, seed
+        self._measure()
+        self.rows_per_epoch = len(self._indices) // options.images_per_row
+        if not self.rows_per_epoch:
+            raise InputError(
+                f"{records!r} has {len(self._indices)} records that fit the options, fewer than a row's "
+                f"{options.images_per_row}. Set max_digits or kind_weights higher, or images_per_row lower."
+            )
+        self.shape = self._bound_shape()
+        self._plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        logging.info(
+            "%r: %d records excluded by the options, %d rows an epoch of %d tokens and %d tiles, %d records left over",
+            *(records, len(records) - len(self._indices), self.rows_per_epoch, self.shape.length, self.shape.tiles),
+            len(self._indices) % options.images_per_row,
+        )
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __repr__(self) -> str:
+        return f"TrainingRows({self.records!r}, {self.options!r}, seed={self.seed})"
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        epoch, row = divmod(int(index), self.rows_per_epoch)
+        rng = np.random.default_rng([self.seed, 1, epoch, row])
+        asking: list[Asking] = []
+        for number in self._indices[self._plan(epoch)[row]].tolist():
+            record = self.records[number]
+            asking.append((number, record, self._draw(record, rng)))
+        return build_row(asking, self.processor, self.shape, rejected=self.options.rejected)
+
+    def _measure(self) -> None:
+        """Finds the records that take part, how many tiles each has, and how many tokens it may come to."""
+        weights, rejected = self.options.kind_weights, self.options.rejected
+        bound = length_bound(self.processor, rejected=rejected)
+        taking_part, kinds = [], set()
+        for index, record in enumerate(self.records):
+            kinds.update(question.kind for question in record.questions)
+            questions = [question for question in record.questions if weights.get(question.kind, 1) > 0]
+            if questions and len(record.digits) <= (self.options.max_digits or sys.maxsize):
+                tiles = count_tiles(record, self.processor)
+                length = bound(record, questions, tiles, min(len(questions), self.options.questions_per_image))
+                taking_part.append((index, tiles, length))
+        unknown = sorted(set(weights) - kinds)
+        if unknown:
+            raise InputError(f"kind_weights has {', '.join(unknown)}, but the kinds are {', '.join(sorted(kinds))}.")
+        self._indices, self._tiles, self._lengths = np.array(taking_part, int).reshape(-1, 3).T
+
+    def _plan_epoch(self, epoch: int) -> np.ndarray:
+        """[rows, images_per_row] positions in `_indices`. The few that fill no row sit this epoch out."""
+        rng = np.random.default_rng([self.seed, 0, epoch])
+        order = rng.permutation(len(self._indices))[: self.rows_per_epoch * self.options.images_per_row]
+        by_size = order[np.argsort(self._tiles[order], kind="stable")]
+        return rng.permutation(self._fold(by_size))
+
+    def _fold(self, by_size: np.ndarray) -> np.ndarray:
+        """[rows * images_per_row], small ones first -> [rows, images_per_row] of nearly equal sums.
+
+        Of the parts, from the smallest to the largest, every other one is taken backwards.
+        """
+        parts = by_size.reshape(self.options.images_per_row, self.rows_per_epoch)
+        return np.stack([part[:: 1 - 2 * (number % 2)] for number, part in enumerate(parts)], axis=1)
+
+    def _bound_shape(self) -> RowShape:
+        sizes, place = np.unique(self._tiles, return_inverse=True)
+        # In a row's place for a record of a certain size any record up to that size may stand.
+        longest = np.array([self._lengths[self._tiles <= size].max() for size in sizes])[place]
+        # Those that sit out move the others up in the order, by at most their number.
+        taken = self.rows_per_epoch * self.options.images_per_row
+        last = len(self._tiles) - 1
+        by_size = np.minimum(np.arange(taken) + len(self._tiles) - taken, last)
+        length, tiles = (
+            int(self._fold(np.sort(values)[by_size]).sum(axis=1).max()) for values in (longest, self._tiles)
+        )
+        return RowShape(length, tiles)
+
+    def _draw(self, record: Record, rng: np.random.Generator) -> list[Question]:
+        """Draws questions without replacement, by the weight of their kind."""
+        weights = np.array([self.options.kind_weights.get(question.kind, 1) for question in record.questions], float)
+        count = min(self.options.questions_per_image, np.count_nonzero(weights))
+        chosen = rng.choice(len(weights), count, replace=False, p=weights / weights.sum())
+        return [record.questions[index] for index in chosen]
+
+
+def train_iterator(
+    records: Records, processor: Processor, options: RowOptions, *, batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """An endless iterator over batches, as `Batch` of numpy arrays; shuffled anew each epoch, prepared in a thread.
+
+    Two iterators of equal arguments give equal batches, and after `set_state(get_state())` one goes on with exactly the
+    batch that would have come next. All batches have one shape, that of `TrainingRows.shape`.
+
+    Raises:
+      InputError: as in `TrainingRows`.
+    """
+    rows = grain.MapDataset.source(TrainingRows(records, processor, options, seed))
+    return iter(rows.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def questions_of(records: Records) -> list[Asked]:
+    """Every question of every record, in order."""
+    return [asked for index, record in enumerate(records) for asked in _asked(index, record)]
+
+
+def evaluation_batches(
+    records: Records, processor: Processor, *, batch_size: int, rejected: bool = False
+) -> list[EvaluationBatch]:
+    """Every question of every record once, for scoring given answers: a row a record, its questions as branches.
+
+    All batches have one shape; the last is filled up with padding rows (`segment_ids` 0, `row_ids` -1).
+    """
+    bound = length_bound(processor, rejected=rejected)
+    asking = [(index, record, record.questions) for index, record in enumerate(records)]
+    sizes = []
+    for _, record, questions in asking:
+        tiles = count_tiles(record, processor)
+        sizes.append((bound(record, questions, tiles, len(questions)), tiles))
+    shape = RowShape(*np.max(sizes, axis=0).tolist())
+    batches = []
+    for start in range(0, len(asking), batch_size):
+        part = asking[start : start + batch_size]
+        filled = [[one] for one in part] + [[]] * (batch_size - len(part))
+        rows = [build_row(one, processor, shape, rejected=rejected) for one in filled]
+        batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        asked = [_asked(index, record) for index, record, _ in part] + [[]] * (batch_size - len(part))
+        batches.append(EvaluationBatch(batch, asked))
+    return batches
+
+
+def _asked(index: int, record: Record) -> list[Asked]:
+    return [
+        Asked(index, question.kind, len(record.digits), question.question, question.chosen)
+        for question in record.questions
+    ]

@@ -1,0 +1,134 @@
+"""One row of a batch: conversations about some images, packed side by side, and how large it can get."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from phantom_jax.batch import IGNORE
+from phantom_jax.data import conversation, tiles
+from phantom_jax.data.sources import Question, Record
+from phantom_jax.errors import InputError
+from phantom_jax.processor import Processor
+
+Asking = tuple[int, Record, Sequence[Question]]
+"""A record with its index in the source, and which of its questions are asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The static shape of rows.
+
+    Attributes:
+      length: tokens L.
+      tiles: tiles I.
+    """
+
+    length: int
+    tiles: int
+
+
+def count_tiles(record: Record, processor: Processor) -> int:
+    """How many tiles a record's image has, from its header alone."""
+    width, height = tiles.image_size(record.image, record.id)
+    return tiles.tile_count(width, height, tile_size=processor.tile_size, max_tiles=processor.max_tiles)
+
+
+def length_bound(processor: Processor, *, rejected: bool) -> Callable[[Record, Sequence[Question], int, int], int]:
+    """Makes (record, questions, tiles, count) -> most tokens that `count` of these questions take in a row.
+
+    Counts the pieces of a conversation instead of laying it out: a whole data set takes about a second. Raises the
+    error of a conversation that is longer than the context.
+    """
+    frames: dict[int, int] = {}
+    opening = len(processor.tokenize(processor.template.assistant, markup=True))
+
+    def bound(record: Record, questions: Sequence[Question], tile_count: int, count: int) -> int:
+        if tile_count not in frames:
+            empty = processor.encode_conversation([("", None)], [tile_count], name=record.id)
+            frames[tile_count] = len(empty.token_ids)
+        frame = frames[tile_count]
+        shared = frame - opening
+        if any(conversation.IMAGE_MARK in question.question for question in questions):
+            # Where a mark puts the image into the question, only the user's opening is sure to be shared.
+            shared = len(processor.tokenize(processor.template.system + processor.template.user, markup=True))
+        parts = []
+        for question in questions:
+            prompt = frame + len(processor.tokenize(question.question.replace(conversation.IMAGE_MARK, "")))
+            answers = [question.chosen, *_rejected(record, question, rejected)]
+            ends = [prompt + len(processor.tokenize(answer)) + 1 for answer in answers]
+            if max(ends) > processor.max_length:
+                _segment(record, [question], tile_count, processor, rejected)
+            # The two answers of a single question share all of the prompt.
+            fork = prompt if count == 1 else shared
+            parts.append(fork - shared + sum(end - fork for end in ends))
+        return shared - 1 + sum(sorted(parts)[-count:])
+
+    return bound
+
+
+def build_row(
+    asking: Sequence[Asking], processor: Processor, shape: RowShape, *, rejected: bool
+) -> dict[str, np.ndarray]:
+    """Packs records and their questions into one row: the fields of a `Batch` without the axis B.
+
+    Args:
+      asking: at most as much as `shape` holds; nothing gives a padding row, with `row_ids` -1.
+      processor: tokenizer, template and tiling.
+      shape: of the row.
+      rejected: whether the wrong answers come too.
+    """
+    length, size = shape.length, processor.tile_size
+    row = {
+        "token_ids": np.full(length, processor.pad_id, np.int32),
+        "positions": np.zeros(length, np.int32),
+        "segment_ids": np.zeros(length, np.int32),
+        "branch_ids": np.zeros(length, np.int32),
+        "image_slots": np.full(length, -1, np.int32),
+        "targets": np.full(length, IGNORE, np.int32),
+        "sft_mask": np.zeros(length, bool),
+        "answer_slots": np.zeros(length, np.int32),
+        "pixels": np.zeros((shape.tiles, size, size, 3), np.uint8),
+        "row_ids": np.int32(asking[0][0] if asking else -1),
+    }
+    token = tile = pair = 0
+    for number, (_, record, questions) in enumerate(asking, start=1):
+        cut = processor.encode_image(record.image, record.id)
+        segment = _segment(record, questions, len(cut), processor, rejected)
+        part = slice(token, token + len(segment))
+        for field in dataclasses.fields(segment):
+            row[field.name][part] = getattr(segment, field.name)
+        row["segment_ids"][part] = number
+        row["image_slots"][part] += np.where(segment.image_slots >= 0, tile * processor.tokens_per_tile, 0)
+        row["answer_slots"][part] += np.where(segment.answer_slots > 0, 2 * pair, 0)
+        row["pixels"][tile : tile + len(cut)] = cut
+        token, tile, pair = token + len(segment), tile + len(cut), pair + len(questions)
+    return row
+
+
+def _rejected(record: Record, question: Question, wanted: bool) -> list[str]:
+    if not wanted or not question.rejected:
+        return []
+    if question.rejected == question.chosen:
+        raise InputError(
+            f"{record.id} has {question.chosen!r} both as the chosen and as the rejected answer to "
+            f"{question.question!r}. Correct one of them, or leave the rejected one empty."
+        )
+    return [question.rejected]
+
+
+def _segment(
+    record: Record, questions: Sequence[Question], tile_count: int, processor: Processor, rejected: bool
+) -> conversation.Segment:
+    def encode(question: Question, answer: str) -> conversation.Conversation:
+        return processor.encode_conversation([(question.question, answer)], [tile_count], name=record.id)
+
+    return conversation.lay_out(
+        [
+            (
+                encode(question, question.chosen),
+                *(encode(question, wrong) for wrong in _rejected(record, question, rejected)),
+            )
+            for question in questions
+        ]
+    )
