@@ -71,7 +71,7 @@ DEFAULTS = {
     "seed": 0,
     "model": {"name": "", "dtype": "float32"},
     "data": {"name": "handwritten_numbers", "data_dir": ""},
-    "processor": {"template": "chatml", "tile_size": 448, "max_tiles": 6, "max_length": 2048},
+    "processor": {"template": "qwen2", "tile_size": 448, "max_tiles": 6, "max_length": 2048},
     "phases": (),
     "validation": {"every": 0, "split": "validation", "batch_size": 16, "images": 0},
     "checkpoint": {"every": 500, "keep": 3},

@@ -7,7 +7,8 @@ it is laid out. So the state of the stream is one number, and a restart continue
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -29,20 +30,21 @@ class RowOptions:
       images_per_row: how many images, each with its questions, are packed into a row. Those of many tiles go with those
         of few, so that rows are of nearly equal size and little is padding.
       kind_weights: how likely a kind of question is drawn, in proportion; 1 where not given, 0 for never.
-      max_digits: only records of at most so many digits; 0 for all.
+      max_digits: only records of at most so many digits; None for all.
       rejected: whether the wrong answers come too.
     """
 
     questions_per_image: int = 1
     images_per_row: int = 1
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    max_digits: int = 0
+    max_digits: int | None = None
     rejected: bool = False
 
     def __post_init__(self):
-        for name, least in (("questions_per_image", 1), ("images_per_row", 1), ("max_digits", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}. Set it to {least} or more.")
+        for name in ("questions_per_image", "images_per_row", "max_digits"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}. Set it to 1 or more.")
         weights = dict(self.kind_weights)
         for kind, weight in weights.items():
             if not 0 <= weight < float("inf"):
@@ -129,12 +131,13 @@ class TrainingRows:
     def _measure(self) -> None:
         """Finds the records that take part, how many tiles each has, and how many tokens it may come to."""
         weights, rejected = self.options.kind_weights, self.options.rejected
+        most_digits = sys.maxsize if self.options.max_digits is None else self.options.max_digits
         bound = length_bound(self.processor, rejected=rejected)
         taking_part, kinds = [], set()
         for index, record in enumerate(self.records):
             kinds.update(question.kind for question in record.questions)
             questions = [question for question in record.questions if weights.get(question.kind, 1) > 0]
-            if questions and len(record.digits) <= (self.options.max_digits or sys.maxsize):
+            if questions and len(record.digits) <= most_digits:
                 tiles = count_tiles(record, self.processor)
                 length = bound(record, questions, tiles, min(len(questions), self.options.questions_per_image))
                 taking_part.append((index, tiles, length))
@@ -162,12 +165,10 @@ class TrainingRows:
         sizes, place = np.unique(self._tiles, return_inverse=True)
         # In a row's place for a record of a certain size any record up to that size may stand.
         longest = np.array([self._lengths[self._tiles <= size].max() for size in sizes])[place]
-        # Those that sit out move the others up in the order, by at most their number.
-        taken = self.rows_per_epoch * self.options.images_per_row
-        last = len(self._tiles) - 1
-        by_size = np.minimum(np.arange(taken) + len(self._tiles) - taken, last)
+        # Whichever sit out, the sizes of the others are at most those without the smallest ones.
+        left_out = len(self._tiles) % self.options.images_per_row
         length, tiles = (
-            int(self._fold(np.sort(values)[by_size]).sum(axis=1).max()) for values in (longest, self._tiles)
+            int(self._fold(np.sort(values)[left_out:]).sum(axis=1).max()) for values in (longest, self._tiles)
         )
         return RowShape(length, tiles)
 
@@ -180,27 +181,43 @@ class TrainingRows:
 
 
 def train_iterator(
-    records: Records, processor: Processor, options: RowOptions, *, batch_size: int, seed: int
+    records: Records,
+    processor: Processor,
+    options: RowOptions | Mapping[str, Any],
+    *,
+    batch_size: int,
+    seed: int,
+    threads: int = 1,
 ) -> grain.DatasetIterator:
-    """An endless iterator over batches, as `Batch` of numpy arrays; shuffled anew each epoch, prepared in a thread.
+    """An endless iterator over batches, as `Batch` of numpy arrays, shuffled anew each epoch.
 
     Two iterators of equal arguments give equal batches, and after `set_state(get_state())` one goes on with exactly the
     batch that would have come next. All batches have one shape, that of `TrainingRows.shape`.
 
+    Args:
+      records: one split of a data set.
+      processor: tokenizer, template and tiling.
+      options: `RowOptions`, or its fields by name.
+      batch_size: rows of a batch.
+      seed: of the order of the records and of the choice of questions.
+      threads: how many prepare batches ahead; their number changes no batch.
+
     Raises:
       InputError: as in `TrainingRows`.
     """
-    rows = grain.MapDataset.source(TrainingRows(records, processor, options, seed))
-    return iter(rows.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    if not isinstance(options, RowOptions):
+        options = RowOptions(**options)
+    rows = grain.MapDataset.source(TrainingRows(records, processor, options, seed)).batch(batch_size)
+    return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def questions_of(records: Records) -> list[Asked]:
+def questions_of(records: Sequence[Record]) -> list[Asked]:
     """Every question of every record, in order."""
     return [asked for index, record in enumerate(records) for asked in _asked(index, record)]
 
 
 def evaluation_batches(
-    records: Records, processor: Processor, *, batch_size: int, rejected: bool = False
+    records: Sequence[Record], processor: Processor, *, batch_size: int, rejected: bool = False
 ) -> list[EvaluationBatch]:
     """Every question of every record once, for scoring given answers: a row a record, its questions as branches.
 

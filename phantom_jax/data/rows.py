@@ -51,10 +51,12 @@ def length_bound(processor: Processor, *, rejected: bool) -> Callable[[Record, S
         shared = frame - opening
         if any(conversation.IMAGE_MARK in question.question for question in questions):
             # Where a mark puts the image into the question, only the user's opening is sure to be shared.
-            shared = len(processor.tokenize(processor.template.system + processor.template.user, markup=True))
+            template = processor.template
+            shared = sum(len(processor.tokenize(text, markup=True)) for text in (template.system, template.user))
         parts = []
         for question in questions:
-            prompt = frame + len(processor.tokenize(question.question.replace(conversation.IMAGE_MARK, "")))
+            texts = question.question.split(conversation.IMAGE_MARK)
+            prompt = frame + sum(len(processor.tokenize(text)) for text in texts)
             answers = [question.chosen, *_rejected(record, question, rejected)]
             ends = [prompt + len(processor.tokenize(answer)) + 1 for answer in answers]
             if max(ends) > processor.max_length:

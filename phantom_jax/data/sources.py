@@ -108,7 +108,7 @@ def _prepared(name: str, data_dir: str | os.PathLike):
 
 
 def prepare(name: str, data_dir: str | os.PathLike) -> str:
-    """Writes a data set's records under `data_dir`, and a tokenizer trained on its training text, unless they are there.
+    """Writes a data set's records and a tokenizer trained on them under `data_dir`, unless they are there.
 
     Returns:
       The folder that they are in. An interrupted preparation leaves nothing that counts as prepared.

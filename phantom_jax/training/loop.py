@@ -7,7 +7,6 @@ after each phase but the last) and `model/` (after the last).
 import contextlib
 import dataclasses
 import json
-import shutil
 import signal
 import threading
 import time
@@ -317,16 +316,10 @@ def open_workdir(workdir: str | Path, config: Mapping[str, Any]) -> Path:
 
 
 def _export(task: Task, params: Params, target: Path, say: Say) -> None:
-    if task.export is None or target.exists():
-        return
-    # A kill while exporting leaves the temporary folder, not half a model.
-    temporary = target.with_name(f".{target.name}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    task.export(params, temporary)
-    temporary.rename(target)
-    say(f"wrote {target}")
+    # A run that is started again finds the models of finished phases written.
+    if task.export is not None and not target.exists():
+        task.export(params, target)
+        say(f"wrote {target}")
 
 
 @contextlib.contextmanager

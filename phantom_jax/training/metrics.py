@@ -62,7 +62,7 @@ def count_tokens(batch: Batch) -> int:
 def count_images(batch: Batch) -> int:
     """Conversations with an image. Several images of one conversation count once, padded tiles never."""
     segment_ids = np.where(np.asarray(batch["image_slots"]) >= 0, batch["segment_ids"], 0)
-    return sum(np.count_nonzero(np.unique(row)) for row in segment_ids)
+    return int(sum(np.count_nonzero(np.unique(row)) for row in segment_ids))
 
 
 class Meter:

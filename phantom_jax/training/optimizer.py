@@ -14,7 +14,8 @@ import optax
 
 from phantom_jax.axes import LAYERS
 from phantom_jax.errors import InputError
-from phantom_jax.training.state import Params, flatten, match, unflatten
+from phantom_jax.training.state import Params, match
+from phantom_jax.trees import flatten, unflatten
 
 SCHEDULES = ("cosine", "linear", "constant")
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from phantom_jax.errors import InputError
+from phantom_jax.trees import flatten, unflatten
 
 Params = Mapping[str, Any]
 
@@ -37,33 +38,6 @@ class TrainState(flax.struct.PyTreeNode):
     optimizer_state: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
-
-
-def flatten(tree: Params) -> dict[str, Any]:
-    """The leaves of nested dictionaries by path, in the order of the paths. Anything but a dictionary is a leaf."""
-    flat = {}
-
-    def visit(node, path):
-        if isinstance(node, Mapping):
-            for key in sorted(node):
-                visit(node[key], (*path, key))
-        else:
-            flat["/".join(path)] = node
-
-    visit(tree, ())
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def match(patterns: Sequence[str], paths: Iterable[str], *, what: str = "trainable") -> set[str]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from phantom_jax.batch import Batch
+from phantom_jax.errors import InputError
 from phantom_jax.training.state import Params
 from phantom_jax.training.step import Score
 
@@ -35,7 +36,7 @@ class Task:
       score: the log-probabilities and correctness of a batch's targets. Pure; it is traced.
       train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning.
       validation_batches: all batches of a validation, of one shape; called for each validation.
-      export: writes parameters as a model into a new folder, or None for no export.
+      export: writes parameters as a model into a new folder that appears complete or not at all; None for no export.
     """
 
     init_params: Callable[[jax.Array], Params]
@@ -53,36 +54,32 @@ def assemble(config: Mapping[str, Any]) -> Task:
     """
     from flax.linen import meta
 
-    from phantom_jax.data import conversation, pipeline, sources, tokenizer
-    from phantom_jax.models import zoo
+    from phantom_jax import pretrained
+    from phantom_jax.checkpoints.hf import Checkpoint
+    from phantom_jax.checkpoints.hf_config import TokenIds, publish
+    from phantom_jax.data import pipeline, sources
     from phantom_jax.models.vlm import VisionLanguageModel
     from phantom_jax.ops.image import normalize_pixels
-    from phantom_jax.processor import Processor
 
-    overrides = {key: value for key, value in config["model"].items() if key not in ("name", "dtype")}
-    tokens = tokenizer.load_tokenizer(config["data"]["data_dir"])
-    model_config = zoo.get_config(
-        config["model"]["name"], **{"vocab_size": tokens.get_vocab_size(with_added_tokens=True)} | overrides
-    )
-    settings = config["processor"]
-    processor = Processor(
-        tokens,
-        conversation.TEMPLATES[settings["template"]],
-        settings["tile_size"],
-        settings["max_tiles"],
-        model_config.tokens_per_tile,
-        settings["max_length"],
-    )
-    model = VisionLanguageModel(model_config, dtype=jnp.dtype(config["model"]["dtype"]))
+    name, data_dir = config["data"]["name"], config["data"]["data_dir"]
+    tokenizer = sources.open_tokenizer(name, data_dir)
+    model_config = _model_config(config["model"], tokenizer.get_vocab_size(with_added_tokens=True))
+    processor = _processor(config["processor"], tokenizer, model_config)
+    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]))
+    rope_length = processor.max_length
 
     def prepared(batch):
         return {**batch, "pixels": normalize_pixels(batch["pixels"], processor.mean, processor.std)}
 
     def score(params, batch):
-        return model.apply({"params": params}, prepared(batch), rope_length=settings["max_length"], method="score")
+        return model.apply({"params": params}, prepared(batch), rope_length=rope_length, method="score")
+
+    def init_params(key):
+        batch = prepared(_smallest_batch(processor.tile_size))
+        return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
 
     def open_split(split):
-        return sources.open_records(config["data"]["name"], split, config["data"]["data_dir"])
+        return sources.open_records(name, split, data_dir)
 
     def train_iterator(index):
         phase = config["phases"][index]
@@ -108,14 +105,51 @@ def assemble(config: Mapping[str, Any]) -> Task:
             validation.extend(item.batch for item in batches)
         return validation
 
-    def init_params(key):
-        batch = prepared(_smallest_batch(tile=settings["tile_size"], length=8))
-        return meta.unbox(model.init(key, batch, rope_length=settings["max_length"], method="score")["params"])
+    def export(params, folder):
+        tokens = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
+        checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens)
+        pretrained.save(pretrained.VisionLanguage(model, processor, checkpoint), folder)
 
-    return Task(init_params, score, train_iterator, validation_batches)
+    return Task(init_params, score, train_iterator, validation_batches, export)
 
 
-def _smallest_batch(*, tile: int, length: int) -> Batch:
+def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
+    from phantom_jax.models import zoo
+
+    overrides = {key: value for key, value in settings.items() if key not in ("name", "dtype")}
+    config = zoo.get_config(settings["name"], **{"vocab_size": tokens, **overrides})
+    if config.language_model.vocab_size < tokens:
+        raise InputError(
+            f"model.vocab_size is {config.language_model.vocab_size}, but the tokenizer has {tokens} tokens."
+            " Leave it out, or set it to at least as many."
+        )
+    return config
+
+
+def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any) -> Any:
+    from phantom_jax.data.conversation import TEMPLATES
+    from phantom_jax.processor import Processor
+
+    if settings["template"] not in TEMPLATES:
+        raise InputError(f"processor.template is {settings['template']!r}; it must be one of {', '.join(TEMPLATES)}.")
+    if settings["tile_size"] != model.vision_tower.image_size:
+        raise InputError(
+            f"processor.tile_size is {settings['tile_size']}, but the vision tower takes"
+            f" {model.vision_tower.image_size} pixels; set processor.tile_size or model.image_size to the other."
+        )
+    return Processor(
+        tokenizer,
+        TEMPLATES[settings["template"]],
+        settings["tile_size"],
+        settings["max_tiles"],
+        model.tokens_per_tile,
+        settings["max_length"],
+    )
+
+
+def _smallest_batch(tile_size: int) -> Batch:
+    """A batch to initialise parameters with; none of their shapes depends on its size, save for the tile's."""
+    length = 8
     zeros = jnp.zeros((1, length), jnp.int32)
     return Batch(
         token_ids=zeros,
@@ -126,6 +160,6 @@ def _smallest_batch(*, tile: int, length: int) -> Batch:
         targets=zeros,
         sft_mask=zeros > 0,
         answer_slots=zeros,
-        pixels=jnp.zeros((1, 1, tile, tile, 3), jnp.uint8),
+        pixels=jnp.zeros((1, 1, tile_size, tile_size, 3), jnp.uint8),
         row_ids=jnp.zeros((1,), jnp.int32),
     )

@@ -79,9 +79,8 @@ def test_a_run_goes_through_its_phases(whole):
     validations = [record for record in records(whole["workdir"]) if "validation/loss" in record]
     # Every fourth step, and at the end of each phase.
     assert [record["step"] for record in validations] == [4, 7, 8, 12, 13]
-    assert all(
-        0 <= record["validation/exact_match"] <= 1 and record["validation/questions"] == 8 for record in validations
-    )
+    assert all(0 <= record["validation/exact_match"] <= 1 for record in validations)
+    assert all(record["validation/questions"] == 8 for record in validations)
     assert train[-1]["train/num_tokens"] == 13 * 8 * 10
     assert json.loads((whole["workdir"] / "config.json").read_text())["phases"][1]["name"] == "second"
 
@@ -220,16 +219,18 @@ def test_metrics_lose_a_torn_line_and_steps_that_are_done_again(whole, tmp_path)
 
 def test_nothing_compiles_after_the_first_step_of_a_phase(tmp_path):
     events = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: events.append(name))
-    counts, phases = {}, []
+
+    def listen(name, seconds, **_):
+        events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    counts, traces = {}, []
 
     class Counting(ToyIterator):
         def __next__(self):
             compiled = sum("backend_compile" in name for name in events)
-            counts[self.phase, self.position] = compiled
+            counts[self.phase, self.position] = (compiled, len(traces))
             return super().__next__()
-
-    traces = []
 
     def traced(params, batch):
         traces.append(batch["token_ids"].shape)
@@ -239,16 +240,15 @@ def test_nothing_compiles_after_the_first_step_of_a_phase(tmp_path):
     try:
         _, lines = run(tmp_path, config, iterator=Counting, score=traced)
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert [line for line in lines if line.startswith("compiling")] == [
         "compiling the first step ...",
         "compiling the second step ...",
     ]
     for phase, steps in ((0, 7), (1, 6)):
         assert counts[phase, 1] > counts[phase, 0]
-        # Of the second step on: not even a small operation outside the step is compiled.
+        # From the second step on not even a small operation outside the step is compiled.
         assert counts[phase, steps - 1] == counts[phase, 1]
-    assert len(traces) == len({(shape, index) for index, shape in enumerate(traces)}) <= 4, phases
 
 
 def test_an_array_that_crosses_unasked_is_refused(tmp_path):
@@ -325,12 +325,12 @@ def test_models_are_exported_after_each_phase_once(tmp_path):
     written = []
 
     def export(params, folder):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         written.append((folder.name, jax.tree.map(np.asarray, params)))
 
     params, _ = run(tmp_path, export=export)
     run(tmp_path, export=export)
-    assert [name for name, _ in written] == [".first.tmp", ".model.tmp"]
+    assert [name for name, _ in written] == ["first", "model"]
     assert_equal(written[1][1], jax.device_get(params))
     assert (tmp_path / "models" / "first").is_dir() and (tmp_path / "model").is_dir()
 

@@ -7,6 +7,7 @@ import pytest
 from phantom_jax.errors import InputError
 from phantom_jax.training import optimizer as optimizers
 from phantom_jax.training import state as states
+from phantom_jax.trees import flatten
 
 BASE = {
     "learning_rate": 1e-2,
@@ -95,14 +96,14 @@ def test_equals_optax_adamw_where_every_parameter_decays():
 def test_matrices_decay_and_vectors_do_not():
     zeros = jax.tree.map(jnp.zeros_like, params())
     after, _, _ = run(BASE, params(), count=1, grads=zeros)
-    before, after = states.flatten(params()), states.flatten(after)
+    before, after = flatten(params()), flatten(after)
     decayed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert decayed == {"projector/dense/kernel", "decoder/layers/query/kernel"}
     np.testing.assert_allclose(
         after["projector/dense/kernel"], before["projector/dense/kernel"] * (1 - 1e-2 * 0.1), rtol=1e-6
     )
     everything, _, _ = run(BASE | {"decay_vectors": True}, params(), count=1, grads=zeros)
-    assert all(not np.array_equal(before[path], leaf) for path, leaf in states.flatten(everything).items())
+    assert all(not np.array_equal(before[path], leaf) for path, leaf in flatten(everything).items())
 
 
 def test_a_group_has_its_own_learning_rate_and_decay():
@@ -121,7 +122,7 @@ def test_a_group_has_its_own_learning_rate_and_decay():
 def test_each_state_holds_its_own_subtree_only():
     groups = ({"patterns": ("projector/**",), "learning_rate": 2e-2},)
     _, state, _ = run(BASE, params(), groups=groups)
-    paths = {name: set(states.flatten(chain[0].mu)) for name, chain in state.items()}
+    paths = {name: set(flatten(chain[0].mu)) for name, chain in state.items()}
     assert paths == {
         "base_decayed": {"decoder/layers/query/kernel"},
         "base_undecayed": {"decoder/layers/norm/scale", "decoder/layers/query/bias"},
@@ -189,7 +190,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_paths():
 
 def test_split_and_merge_are_inverse():
     trainable, frozen = states.split(params(), ["projector/**", "**/query/*"])
-    assert set(states.flatten(frozen)) == {"decoder/layers/norm/scale"}
+    assert set(flatten(frozen)) == {"decoder/layers/norm/scale"}
     jax.tree.map(np.testing.assert_array_equal, states.merge(trainable, frozen), params())
     assert states.split(params(), ["**"])[1] == {}
 
