@@ -41,24 +41,35 @@ stage() {
 }
 
 train() {
-  phantom-jax train --config="configs/quickstart.py$variant" --config.data.data_dir="$folder/data" --workdir="$folder"
+  local data=(--config.data.name="$source" --config.data.data_dir="$folder/data")
+  phantom-jax train --config="configs/quickstart.py:objective=po$variant" "${data[@]}" --workdir="$folder"
   if [[ "$compare" == true ]]; then
     printf '\nthe same again with SFT in place of PO\n'
-    phantom-jax train --config="configs/quickstart.py:objective=sft${variant:+,${variant#:}}" \
-      --config.data.data_dir="$folder/data" --workdir="$folder/sft"
+    phantom-jax train --config="configs/quickstart.py:objective=sft$variant" "${data[@]}" --workdir="$folder/sft"
   fi
 }
 
+# The names of the config's phases, in order.
+phases() {
+  python -c 'import json, sys; print(*(phase["name"] for phase in json.load(open(sys.argv[1]))["phases"]), sep="\n")' \
+    "$folder/config.json"
+}
+
 evaluate() {
-  local models=() phase
-  for phase in "$folder"/models/*/; do
-    models+=(--model="${phase%/}")
-  done
+  local models=() name before="" last=""
+  # Every phase leaves its model in models/, but the last: that one is the run's, in model/.
+  while read -r name; do
+    if [[ -n "$last" ]]; then
+      models+=(--model="$folder/models/$last")
+    fi
+    before="$last"
+    last="$name"
+  done < <(phases)
   if [[ "$compare" == true ]]; then
-    models+=(--model="$folder/sft/model")
+    models+=(--model="sft:$before=$folder/sft/models/$before" --model="sft:$last=$folder/sft/model")
   fi
-  phantom-jax evaluate "${models[@]}" --model="$folder/model" --data_dir="$folder/data" --split=test \
-    ${limit[@]+"${limit[@]}"} --output="$folder/evaluation"
+  phantom-jax evaluate "${models[@]}" --model="$last=$folder/model" --source="$source" --data_dir="$folder/data" \
+    --split=test --output="$folder/evaluation"
 }
 
 convert() {
@@ -97,12 +108,12 @@ PYTHON
 if [[ "$smoke" == true ]]; then
   folder="${folder:-$repository/runs/smoke}"
   rm -rf "$repository/runs/smoke"
-  variant=":smoke=True"
-  limit=(--limit=8)
+  source=handwritten_numbers/tiny
+  variant=",smoke"
 else
   folder="${folder:-$repository/runs/quickstart}"
+  source=handwritten_numbers
   variant=""
-  limit=()
 fi
 
 cd "$repository"
@@ -111,7 +122,7 @@ mkdir -p "$folder"
 
 stage "set up the environment" enter_environment
 stage "prepare the records: handwritten numbers, their questions, a tokenizer" \
-  phantom-jax prepare --source=handwritten_numbers --target="$folder/data"
+  phantom-jax prepare --source="$source" --target="$folder/data"
 stage "train: pre-training, Phantom step 1 (PO), Phantom step 2 (SFT)" train
 stage "evaluate on the test split, after each phase" evaluate
 stage "export to Hugging Face format and read it back" convert

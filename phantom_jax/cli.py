@@ -38,9 +38,12 @@ def _define_prepare(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def _prepare(values: flags.FlagValues) -> None:
+    import tensorflow_datasets
+
     from phantom_jax.data.sources import prepare
 
-    print(prepare(values.source, values.target))
+    tensorflow_datasets.disable_progress_bar()  # dozens of lines for some seconds of work
+    print(f"records and tokenizer are in {prepare(values.source, values.target)}")
 
 
 def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -57,7 +60,7 @@ def _train(values: flags.FlagValues) -> None:
 
 
 def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    text = "Model folder. Given several times, the table has a column for each."
+    text = "Model folder, or NAME=FOLDER. Given several times, the table has a column for each."
     flags.DEFINE_multi_string("model", None, text, flag_values=values)
     flags.DEFINE_string("source", "handwritten_numbers", "Name of the data set.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Folder that `prepare` wrote.", flag_values=values)

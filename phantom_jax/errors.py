@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """The user's config, data or checkpoint is wrong. Says what, the value seen and what to set instead. Exit code 2."""
+    """A config, input or checkpoint is wrong. Says what, the value seen and what to set instead. Exit code 2."""
 
     exit_code = 2
 

@@ -66,7 +66,8 @@ class VisionLanguage:
         if len(images) not in (0, len(prompt)):
             raise InputError(f"{len(prompt)} prompts need as many lists of images, got {len(images)}")
         prompts = [
-            processor.encode_prompt(text, paths) for text, paths in zip(prompt, images or [()] * len(prompt), strict=True)
+            processor.encode_prompt(text, paths)
+            for text, paths in zip(prompt, images or [()] * len(prompt), strict=True)
         ]
         longest = max(len(item.token_ids) for item in prompts)
         if longest + max_new_tokens > processor.max_length:

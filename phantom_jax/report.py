@@ -44,11 +44,6 @@ def report(workdir: str, output: str, *, evaluation: str | None = None) -> str:
     Returns:
       `output`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the report needs matplotlib. Install it: pip install 'phantom-jax[quickstart]'.") from error
-
     rows = read_metrics(workdir)
     results = None
     if evaluation is not None:
@@ -56,23 +51,38 @@ def report(workdir: str, output: str, *, evaluation: str | None = None) -> str:
         if not path.is_file():
             raise InputError(f"there is no {path}. Run evaluate with --output={evaluation} first.")
         results = json.loads(path.read_text())
-
-    # Figure alone, not pyplot: no display, no state shared between calls.
-    figure = Figure(figsize=(11, 4.2 if results is None else 11), layout="constrained")
-    if results is None:
-        _draw_curves(figure.subplots(), rows)
-    else:
-        upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.7))
-        _draw_curves(upper.subplots(), rows)
-        _draw_answers(lower, results, Path(evaluation))
+    figure = draw(rows, results, folder=evaluation)
     if not Path(output).suffix:
         raise InputError(f"the picture's name {output!r} has no ending. Set --output to a .png, .svg or .pdf file.")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(output, dpi=130)
     except ValueError as error:
-        raise InputError(f"the picture {output!r} cannot be written: {error}") from error
+        raise InputError(f"the picture {output!r} cannot be written: {error}. Set --output to a .png file.") from error
     return output
+
+
+def draw(rows: list[dict[str, Any]], results: dict[str, Any] | None, *, folder: str | None) -> Any:
+    """The picture as a matplotlib Figure.
+
+    Args:
+      rows: as `read_metrics` gives them.
+      results: what `evaluate` found; without it there are curves alone.
+      folder: where the images are that the results name.
+    """
+    try:
+        # Figure alone, not pyplot: no display, no state shared between calls.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the report needs matplotlib. Install it: pip install 'phantom-jax[quickstart]'.") from error
+    figure = Figure(figsize=(11, 4 if results is None else 9), layout="constrained")
+    if results is None:
+        _draw_curves(figure.subplots(), rows)
+    else:
+        upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+        _draw_curves(upper.subplots(), rows)
+        _draw_answers(lower, results, Path(folder))
+    return figure
 
 
 def smooth(values: list[float], span: int) -> list[float]:
@@ -93,28 +103,31 @@ def _is_validation(row: dict[str, Any]) -> bool:
 def _draw_curves(axes: Any, rows: list[dict[str, Any]]) -> None:
     phases: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if "loss" in row:
+        if "train/loss" in row:
             phases.setdefault(row["phase"], []).append(row)
     if not phases:
         raise InputError("metrics.jsonl holds no row with a loss. Train for at least one step first.")
     for number, (name, part) in enumerate(phases.items()):
         steps = [row["step"] for row in part]
-        losses = [row["loss"] for row in part]
+        losses = [row["train/loss"] for row in part]
         axes.plot(steps, losses, color=f"C{number}", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(losses, len(losses) // _SPANS), color=f"C{number}", label=f"{name}: loss")
+        axes.plot(steps, smooth(losses, len(losses) // _SPANS), color=f"C{number}", label=name)
         axes.axvspan(steps[0], steps[-1], color=f"C{number}", alpha=0.05, linewidth=0)
     axes.set(xlabel="step", ylabel="training loss")
-    if all(row["loss"] > 0 for part in phases.values() for row in part):
+    if all(row["train/loss"] > 0 for part in phases.values() for row in part):
         axes.set_yscale("log")
     handles, labels = axes.get_legend_handles_labels()
     points = [(row["step"], 100 * row[key]) for row in rows for key in row if key == "validation/exact_match"]
     if points:
         right = axes.twinx()
-        right.plot(*zip(*points, strict=True), color="black", marker=".", linewidth=1, label="validation: exact match")
+        right.plot(
+            *zip(*points, strict=True), color="black", marker=".", linewidth=1, label="exact match on validation"
+        )
         right.set(ylabel="exact match, %", ylim=(0, 100))
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    axes.legend(handles, labels, loc="center left", fontsize="small")
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(labels)}
+    axes.legend(handles, labels, fontsize="small", frameon=False, **place)
 
 
 def _draw_answers(figure: Any, results: dict[str, Any], folder: Path) -> None:
@@ -123,7 +136,7 @@ def _draw_answers(figure: Any, results: dict[str, Any], folder: Path) -> None:
     name = list(results["models"])[-1]
     examples = [example for example in results["examples"] if "image" in example]
     examples = examples[:: max(len(examples) // (_COLUMNS * _ROWS), 1)][: _COLUMNS * _ROWS]
-    grid = figure.subplots(_ROWS, _COLUMNS, squeeze=False).flat
+    grid = figure.subplots(_ROWS, _COLUMNS, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     for axes, example in zip(grid, examples, strict=False):
@@ -131,8 +144,8 @@ def _draw_answers(figure: Any, results: dict[str, Any], folder: Path) -> None:
         right = answer == example["truth"]
         with Image.open(folder / example["image"]) as image:
             axes.imshow(image.convert("RGB"))
-        text = f"{example['question']}\n{answer!r}" + ("" if right else f", truth {example['truth']!r}")
-        axes.set_title(text, fontsize=8, color="green" if right else "red", wrap=True)
+        text = f"{example['question']}\n{answer}" + ("" if right else f"  (truth: {example['truth']})")
+        axes.set_title(text, fontsize=9, color="green" if right else "red", parse_math=False)
     right, count = results["models"][name]["all"]["all"]
     text = f"{results['split']} split: {right:,} of {count:,} answers right ({100 * right / count:.1f} %)"
     figure.suptitle(text, fontsize="medium")

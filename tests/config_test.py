@@ -62,8 +62,8 @@ def test_a_good_config_has_nothing_wrong():
         (lambda c: c.phases[1].objective.update(beta=1.0), "phases[1].objective.beta does not exist."),
         (
             lambda c: c.phases[0].objective.update(name="phantom_optimisation"),
-            "phases[0].objective.name is 'phantom_optimisation'; it must be one of sft, phantom_optimization, simpo, dpo,"
-            " orpo. Did you mean 'phantom_optimization'?",
+            "phases[0].objective.name is 'phantom_optimisation'; it must be one of sft, phantom_optimization, simpo,"
+            " dpo, orpo. Did you mean 'phantom_optimization'?",
         ),
         (lambda c: c.model.update(name=""), "model.name is empty"),
         (lambda c: c.model.update(dtype="fp16"), "model.dtype is 'fp16'; it must be one of float32, bfloat16."),

@@ -149,9 +149,7 @@ def test_every_gradient(golden):
     count = float((batch["targets"] != IGNORE).sum())
 
     def loss(params):
-        scores = golden.model.apply(
-            {"params": params}, batch, rope_length=golden.rope_length("train"), method="score"
-        )
+        scores = golden.model.apply({"params": params}, batch, rope_length=golden.rope_length("train"), method="score")
         return -scores.log_probs.sum() / count
 
     gradients = jax.jit(jax.grad(loss))(golden.params)
@@ -168,11 +166,9 @@ def test_every_gradient(golden):
             theirs = expected[name]
             compared.add(name)
             norm = np.linalg.norm(theirs)
-            if norm < 1e-7:
-                good = np.linalg.norm(ours) < 1e-6
-            else:
-                good = np.linalg.norm(ours - theirs) <= 1e-3 * norm
+            error = np.linalg.norm(ours - theirs)
+            good = np.linalg.norm(ours) < 1e-6 if norm < 1e-7 else error <= 1e-3 * norm
             if not good:
-                wrong.append((name, float(np.linalg.norm(ours - theirs)), float(norm)))
+                wrong.append((name, float(error), float(norm)))
     assert compared == set(expected)
     assert not wrong

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from phantom_jax.errors import InputError
-from phantom_jax.report import read_metrics, report, smooth
+from phantom_jax.report import draw, read_metrics, report, smooth
 
 
 def _write_metrics(folder, rows, ending="\n"):
@@ -14,7 +14,9 @@ def _write_metrics(folder, rows, ending="\n"):
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + ending)
 
 
-ROWS = [{"step": step, "phase": "first" if step < 60 else "second", "loss": 3 / (1 + step)} for step in range(100)]
+ROWS = [
+    {"step": step, "phase": "first" if step < 60 else "second", "train/loss": 3 / (1 + step)} for step in range(100)
+]
 ROWS += [{"step": 59, "phase": "first", "validation/loss": 0.1, "validation/exact_match": 0.5}]
 
 
@@ -52,6 +54,21 @@ def test_picture_is_written(tmp_path, evaluation, ending):
         assert "<svg" in text
 
 
+def test_every_curve_and_image_is_drawn(tmp_path, evaluation):
+    pytest.importorskip("matplotlib")
+    _write_metrics(tmp_path, ROWS)
+    results = json.loads((evaluation / "results.json").read_text())
+    results["examples"][0]["answers"]["b"] = "$7$ _"
+    curves, images = draw(read_metrics(tmp_path), results, folder=str(evaluation)).subfigs
+    assert len(curves.axes[0].lines) == 4, "raw and smoothed, for two phases"
+    assert curves.axes[1].lines[0].get_ydata().tolist() == [50.0]
+    drawn = [axes for axes in images.axes if axes.images]
+    assert len(drawn) == 12
+    titles = [axes.title for axes in drawn]
+    assert [title.get_color() for title in titles] == ["red"] + ["green"] * 11
+    assert "truth: 1" in titles[0].get_text() and titles[1].get_text() == "Read.\n1"
+
+
 def test_curves_alone(tmp_path):
     pytest.importorskip("matplotlib")
     _write_metrics(tmp_path / "run", ROWS)
@@ -84,18 +101,18 @@ def test_missing_files(tmp_path):
 
 def test_a_restart_repeats_steps(tmp_path):
     """Rows since the last checkpoint are written again by the restarted run; the later ones stand."""
-    first = [{"step": step, "phase": "a", "loss": 1.0} for step in range(10)]
-    again = [{"step": step, "phase": "a", "loss": 2.0} for step in range(6, 12)]
+    first = [{"step": step, "phase": "a", "train/loss": 1.0} for step in range(10)]
+    again = [{"step": step, "phase": "a", "train/loss": 2.0} for step in range(6, 12)]
     _write_metrics(tmp_path, first + again)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(12))
-    assert [row["loss"] for row in rows] == [1.0] * 6 + [2.0] * 6
+    assert [row["train/loss"] for row in rows] == [1.0] * 6 + [2.0] * 6
 
 
 def test_a_cut_off_last_line_is_left_out_but_no_other(tmp_path):
     _write_metrics(tmp_path, ROWS[:3], ending='\n{"step": 3, "lo')
     assert len(read_metrics(tmp_path)) == 3
-    _write_metrics(tmp_path, ROWS[:3], ending='\n{"step"\n{"step": 4, "loss": 1}\n')
+    _write_metrics(tmp_path, ROWS[:3], ending='\n{"step"\n{"step": 4}\n')
     with pytest.raises(InputError, match="line 4 of .* is not a metrics row"):
         read_metrics(tmp_path)
 

@@ -209,9 +209,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
             arrays = [flat[path] if row.layers is None else flat[path][layer] for path in row.paths]
             tensors[name] = np.ascontiguousarray(row.transform.save(tuple(np.asarray(array) for array in arrays)))
     largest = max(tensors.values(), key=lambda tensor: math.prod(tensor.shape))
-    config, beside = hf_config.write(
-        checkpoint.config, checkpoint.published, checkpoint.tokens, str(largest.dtype)
-    )
+    config, beside = hf_config.write(checkpoint.config, checkpoint.published, checkpoint.tokens, str(largest.dtype))
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if beside is not None:
         (directory / "vision_config.json").write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")

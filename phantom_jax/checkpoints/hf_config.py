@@ -320,7 +320,9 @@ def _read_llava_original(config, vision_config):
     else:
         tower = str(config["mm_vision_tower"])
         if "clip-vit-large-patch14" not in tower or layer != -2:
-            raise InputError(f"mm_vision_tower={tower!r} is not known here: put its vision_config.json beside config.json")
+            raise InputError(
+                f"mm_vision_tower={tower!r} is not known here: put its vision_config.json beside config.json"
+            )
         vision = zoo.clip_large(336 if "336" in tower else 224)
     decoder = _read_decoder(config, "llama", None, "config.json")
     kind = config.get("mm_projector_type", "linear")
@@ -417,4 +419,6 @@ def _check_expressible(config: VisionLanguageConfig, published: Published) -> No
     if layout != "phantom" and decoder.phantom is not None:
         raise InputError(f"{layout} has no phantom dimension, the model has one: save as 'phantom' or 'ours'")
     if decoder.qkv_bias != (published.language_model == "qwen2"):
-        raise InputError(f"{published.language_model} and qkv_bias={decoder.qkv_bias} do not go together: qwen2 alone has it")
+        raise InputError(
+            f"{published.language_model} and qkv_bias={decoder.qkv_bias} do not go together: qwen2 alone has it"
+        )

@@ -247,9 +247,7 @@ def clip_rows(config: VisionTowerConfig, prefix: str) -> list[Row]:
     table.add("pre_layrnorm.bias", "pre_norm/bias")
     rows = table.rows + _clip_layers(config, prefix, "params/vision_tower/layers", config.num_layers, 0)
     if config.unused_layers:
-        rows += _clip_layers(
-            config, prefix, "unused/vision_tower/layers", config.unused_layers, config.num_layers
-        )
+        rows += _clip_layers(config, prefix, "unused/vision_tower/layers", config.unused_layers, config.num_layers)
     unused = _Table(prefix, "unused/vision_tower")
     unused.add("post_layernorm.weight", "final_norm/scale")
     unused.add("post_layernorm.bias", "final_norm/bias")

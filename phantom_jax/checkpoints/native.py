@@ -79,9 +79,7 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
         stored = flatten(checkpointer.metadata(directory / _ARRAYS).item_metadata.tree)
         _check({path: tuple(leaf.shape) for path, leaf in stored.items()}, shapes(config), directory)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in stored.items()
-        }
+        wanted = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in stored.items()}
         trees = checkpointer.restore(directory / _ARRAYS, unflatten(wanted))
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
 

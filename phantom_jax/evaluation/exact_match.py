@@ -10,17 +10,22 @@ from typing import Any
 
 from PIL import Image
 
+from phantom_jax.data.pipeline import Asked
+from phantom_jax.data.sources import open_records
+from phantom_jax.errors import InputError
+from phantom_jax.pretrained import load
+
 # How many answered images are kept beside the numbers.
 EXAMPLES = 24
 
 
-def score(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+def score(questions: Sequence[Asked], answers: Sequence[str]) -> dict[str, dict[str, list[int]]]:
     """Counts right answers.
 
     An answer is right when it equals the truth, white space at both ends aside.
 
     Args:
-      questions: each with `.truth`, `.kind` and `.digits`.
+      questions: what was asked.
       answers: one for each question.
 
     Returns:
@@ -35,16 +40,27 @@ def score(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[st
     return {group: dict(sorted(counts.items(), key=_by_number)) for group, counts in groups.items()}
 
 
+def questions_of(records: Sequence[Any]) -> list[Asked]:
+    """Every question of every record."""
+    return [
+        Asked(index, question.kind, len(record.digits), question.question, question.chosen)
+        for index, record in enumerate(records)
+        for question in record.questions
+    ]
+
+
 def answer_all(
-    handle: Any, questions: Sequence[Any], records: Sequence[Any], *, batch_size: int, max_new_tokens: int
+    handle: Any, questions: Sequence[Asked], records: Sequence[Any], *, batch_size: int, max_new_tokens: int
 ) -> list[str]:
     """Answers every question about its record's image, in the order given."""
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        images = [[records[question.record].image] for question in batch]
-        texts = [question.question for question in batch]
-        answers += handle.generate(texts, images=images, max_new_tokens=max_new_tokens)
+        # A last batch of another size would be compiled anew: it is filled up, and what is too much left out.
+        filled = [*batch, *[batch[-1]] * (batch_size - len(batch))] if start else batch
+        texts = [question.question for question in filled]
+        images = [[records[question.record].image] for question in filled]
+        answers += handle.generate(texts, images=images, max_new_tokens=max_new_tokens)[: len(batch)]
     return answers
 
 
@@ -62,7 +78,7 @@ def evaluate(
     """Asks every question of a split of every model.
 
     Args:
-      models: model folders. Each is named by its last path component, by its whole path where that is not unique.
+      models: model folders, as `named_models` reads them.
       source: name of the data set.
       data_dir: the folder that holds its records.
       split: its split.
@@ -75,15 +91,11 @@ def evaluate(
       {"source", "split", "questions": how many, "models": {name: what `score` returns},
       "examples": [{"record", "kind", "question", "truth", "answers": {name: text}, "image": file name if written}]}.
     """
-    from phantom_jax.data.pipeline import questions_of
-    from phantom_jax.data.sources import open_records
-    from phantom_jax.pretrained import load
-
     records = open_records(source, split, data_dir)
     questions = spread(questions_of(records), limit)
     answers = {}
-    for name, model in zip(model_names(models), models, strict=True):
-        handle = load(model)
+    for name, folder in named_models(models).items():
+        handle = load(folder)
         answers[name] = answer_all(handle, questions, records, batch_size=batch_size, max_new_tokens=max_new_tokens)
     results = summarize(questions, answers, source=source, split=split)
     if output is not None:
@@ -91,13 +103,24 @@ def evaluate(
     return results
 
 
-def model_names(models: Sequence[str]) -> list[str]:
-    """A short name for each model folder: the last part of its path, or the whole path where that is not unique."""
-    last = [Path(model).resolve().name for model in models]
-    return [name if last.count(name) == 1 else str(model) for name, model in zip(last, models, strict=True)]
+def named_models(models: Sequence[str]) -> dict[str, str]:
+    """Model folders by the name of their column: FOLDER is named by its last part, NAME=FOLDER as it says.
+
+    Raises:
+      InputError: two have the same name.
+    """
+    named: dict[str, str] = {}
+    for model in models:
+        name, separator, folder = model.partition("=")
+        if not separator or Path(model).exists():
+            name, folder = Path(model).resolve().name, model
+        if name in named:
+            raise InputError(f"two models are called {name!r}: {named[name]} and {folder}. Write NAME=FOLDER.")
+        named[name] = folder
+    return named
 
 
-def summarize(questions: Sequence[Any], answers: dict[str, list[str]], *, source: str, split: str) -> dict[str, Any]:
+def summarize(questions: Sequence[Asked], answers: dict[str, list[str]], *, source: str, split: str) -> dict[str, Any]:
     """What `evaluate` returns, from the answers of each model."""
     return {
         "source": source,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from phantom_jax import axes
-from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, SosStates, gather_sos
 from phantom_jax.models.layers import Dense, RMSNorm
+from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, SosStates, gather_sos
 from phantom_jax.ops import rope as rotary
 from phantom_jax.ops.attention import Structure, attention
 
@@ -70,9 +70,7 @@ class Cache:
     sos: SosStates | None = None
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["hidden", "cache", "layer_inputs"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["hidden", "cache", "layer_inputs"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DecoderOutput:
     """What a decoder returns.

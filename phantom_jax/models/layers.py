@@ -41,9 +41,7 @@ class Dense(nn.Module):
         fan_in = 1
         for size in inputs:
             fan_in *= size
-        init = nn.with_logical_partitioning(
-            scaled_normal(fan_in, self.gain), (*self.input_axes, *self.output_axes)
-        )
+        init = nn.with_logical_partitioning(scaled_normal(fan_in, self.gain), (*self.input_axes, *self.output_axes))
         kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32).astype(self.dtype)
         contracted = len(inputs)
         dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))

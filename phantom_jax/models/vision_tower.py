@@ -133,7 +133,13 @@ class VisionLayer(nn.Module):
         x_BPD = x_BPD + residual_scale("layer_scale_1", y)
         y = norm(config.norm_epsilon, name="norm_2")(x_BPD)
         y = Dense(
-            (config.embed_dim,), (config.mlp_dim,), (axes.VISION_EMBED,), (axes.VISION_MLP,), True, self.dtype, name="up"
+            (config.embed_dim,),
+            (config.mlp_dim,),
+            (axes.VISION_EMBED,),
+            (axes.VISION_MLP,),
+            True,
+            self.dtype,
+            name="up",
         )(y)
         y = _activation(config.activation)(y)
         y = Dense(

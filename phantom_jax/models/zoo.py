@@ -19,7 +19,12 @@ INTERNVIT_300M = VisionTowerConfig()
 
 # The short and long factors of the 128k Phi-3 come with its checkpoint; ones are the plain rotation.
 _PHI3_ROPE = RopeConfig(
-    theta=1e4, kind="su", max_length=131_072, original_max_length=4096, short_factor=(1.0,) * 48, long_factor=(1.0,) * 48
+    theta=1e4,
+    kind="su",
+    max_length=131_072,
+    original_max_length=4096,
+    short_factor=(1.0,) * 48,
+    long_factor=(1.0,) * 48,
 )
 _INTERNLM2_ROPE = RopeConfig(theta=1e6, kind="dynamic", factor=2.0, max_length=32_768)
 _QWEN2_ROPE = RopeConfig(theta=1e6, max_length=32_768)
@@ -70,7 +75,9 @@ MODELS: dict[str, VisionLanguageConfig] = {
 }
 
 
-def get_config(name: str, image_size: int | None = None, projector: str | None = None, **decoder) -> VisionLanguageConfig:
+def get_config(
+    name: str, image_size: int | None = None, projector: str | None = None, **decoder
+) -> VisionLanguageConfig:
     """A model by name, with the few things that variants change.
 
     Args:
@@ -89,7 +96,9 @@ def get_config(name: str, image_size: int | None = None, projector: str | None =
     known = {field.name for field in dataclasses.fields(DecoderConfig)}
     unknown = sorted(set(decoder) - known)
     if unknown:
-        raise InputError(f"model {name!r} has no decoder field {unknown[0]!r}: the fields are {', '.join(sorted(known))}")
+        raise InputError(
+            f"model {name!r} has no decoder field {unknown[0]!r}: the fields are {', '.join(sorted(known))}"
+        )
     config = MODELS[name]
     try:
         if image_size is not None:

@@ -135,9 +135,7 @@ def _chunked(query_BLKGH, key_BSKH, value_BSKE, query_structure, key_structure, 
         new_peak = jnp.maximum(peak, jax.lax.stop_gradient(jnp.max(scores, axis=-1)))
         weights = jnp.where(mask, jnp.exp(scores - new_peak[..., None]), 0.0)
         keep = jnp.exp(peak - new_peak)
-        update = jnp.einsum(
-            "bkgls,bske->bkgle", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
+        update = jnp.einsum("bkgls,bske->bkgle", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return (new_peak, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + update), None
 
     @jax.checkpoint

@@ -70,10 +70,18 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
     """
     say = say or _print
     config = configs.resolve(config)
-    workdir = open_workdir(workdir, config)
+    workdir = Path(workdir)
+    known = check_workdir(workdir, config)
     task = task or assemble(config)
-    phases = config["phases"]
-    total_steps = sum(phase["steps"] for phase in phases)
+    shapes = jax.eval_shape(task.init_params, jax.random.key(0))
+    phases = [_Phase(config, index, task, shapes, say) for index in range(len(config["phases"]))]
+    total_steps = sum(phase.steps for phase in phases)
+    iterators = {}
+    if not known:
+        # A mistake about any phase comes up here, before the workdir belongs to this config.
+        say("opening the data ...")
+        iterators = {index: task.train_iterator(index) for index in range(len(phases))}
+        claim_workdir(workdir, config)
     with (
         contextlib.closing(
             checkpoints.open_manager(workdir / "checkpoints", keep=config["checkpoint"]["keep"])
@@ -88,9 +96,8 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
             say(f"going on after step {progress.step}/{total_steps}, from {manager.directory / str(latest)}")
         params = None
         with contextlib.closing(metrics_lib.MetricsLog(workdir / "metrics.jsonl", last_step=progress.step)) as log:
-            for index in range(progress.phase, len(phases)):
-                phase = _Phase(config, index, task, say)
-                iterator = task.train_iterator(index)
+            for index, phase in list(enumerate(phases))[progress.phase :]:
+                iterator = iterators.pop(index) if iterators else task.train_iterator(index)
                 if params is None and latest is not None:
                     state = checkpoints.restore_state(manager, latest, phase.abstract_state())
                     iterator.set_state(data_state)
@@ -104,7 +111,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
 
                 state = phase.run(state, iterator, progress, log=log, save=save, stop=stop, total_steps=total_steps)
                 params = merge(state.trainable, state.frozen)
-                last = index == len(phases) - 1
+                last = phase is phases[-1]
                 _export(task, params, workdir / "model" if last else workdir / "models" / phase.name, say)
         say(f"done: {progress.step} steps, {progress.tokens:,} tokens, {progress.images:,} images")
     return params
@@ -113,10 +120,10 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
 class _Phase:
     """One phase: its state, its compiled steps and its loop."""
 
-    def __init__(self, config: Mapping[str, Any], index: int, task: Task, say: Say):
+    def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, say: Say):
         phase = config["phases"][index]
-        self.name, self.config, self._run_config, self._task, self._say = phase["name"], phase, config, task, say
-        shapes = jax.eval_shape(task.init_params, jax.random.key(0))
+        self.name, self.steps = phase["name"], phase["steps"]
+        self._config, self._task, self._say = config, task, say
         optimizer = make_optimizer(
             phase["optimizer"],
             split(shapes, phase["trainable"])[0],
@@ -149,7 +156,7 @@ class _Phase:
         """The state before the first step, from the phase before or from a fresh initialisation."""
         if params is not None:
             return jax.jit(self._start)(params)
-        key = jax.random.key(self._run_config["seed"])
+        key = jax.random.key(self._config["seed"])
         return jax.jit(lambda key: self._start(self._task.init_params(key)))(key)
 
     def abstract_state(self) -> TrainState:
@@ -172,9 +179,8 @@ class _Phase:
         total_steps: int,
     ) -> TrainState:
         """Does what is left of the phase, counting in `progress`."""
-        steps, meter = self.config["steps"], self._meter
-        pending = None
-        while progress.phase_step < steps:
+        meter, pending = self._meter, None
+        while progress.phase_step < self.steps:
             meter.step_begins()
             # Arrays cross between host and device where it says device_put or device_get, and nowhere else.
             with jax.transfer_guard("disallow"):
@@ -188,20 +194,23 @@ class _Phase:
                 progress.images += images
                 # The metrics of the step before: fetching them does not wait for the step just dispatched.
                 self._record(pending, log)
-            meter.step_ends(tokens, images)
             pending = (dataclasses.replace(progress), total_steps, metrics)
 
-            ends = progress.phase_step == steps
+            ends = progress.phase_step == self.steps
             stopped = stop.is_set()
             validates = self._is_due("validation", progress, ends)
             saves = stopped or ends or self._is_due("checkpoint", progress)
             if validates or saves:
+                # Nothing else waits for this step, and its time is its own.
+                jax.block_until_ready(metrics)
+            meter.step_ends(tokens, images)
+            if validates or saves:
                 self._record(pending, log)
                 pending = None
-                if validates:
-                    self._run_validation(state, progress, log)
-                if saves:
-                    save(state, iterator.get_state())
+            if validates:
+                self._run_validation(state, progress, log)
+            if saves:
+                save(state, iterator.get_state())
             if stopped and not (ends and progress.step == total_steps):
                 raise Preempted(
                     f"Stopped as asked after step {progress.step}/{total_steps}, which is saved. Start again to go on."
@@ -209,7 +218,7 @@ class _Phase:
         return state
 
     def _is_due(self, what: str, progress: Progress, ends: bool = False) -> bool:
-        every = self._run_config[what]["every"]
+        every = self._config[what]["every"]
         return bool(every) and (ends or progress.step % every == 0)
 
     def _record(self, pending: tuple | None, log: metrics_lib.MetricsLog) -> None:
@@ -218,19 +227,19 @@ class _Phase:
         progress, total_steps, metrics = pending
         values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
         record = {"step": progress.step, "phase": self.name, **values, "train/num_tokens": progress.tokens}
-        ends = progress.phase_step == self.config["steps"]
-        if progress.phase_step % self._run_config["log_every"] == 0 or ends:
+        ends = progress.phase_step == self.steps
+        if progress.phase_step % self._config["log_every"] == 0 or ends:
             record |= {f"train/{name}": value for name, value in self._meter.read().items()}
             line = metrics_lib.step_line(
                 step=progress.phase_step,
-                steps=self.config["steps"],
+                steps=self.steps,
                 phase=self.name,
                 metrics=record,
                 eta=self._meter.remaining_seconds(total_steps - progress.step),
             )
             self._say(line)
         log.write(record)
-        limit = self._run_config["max_skipped_in_a_row"]
+        limit = self._config["max_skipped_in_a_row"]
         if record["train/skipped_in_a_row"] >= limit:
             raise Diverged(
                 f"Loss or gradient was not finite in {limit} steps in a row, the last of them step {progress.step}"
@@ -253,7 +262,7 @@ class _Phase:
         questions = sum(float(part["exact_match"][1]) for part in sums)
         log.write({"step": progress.step, "phase": self.name, **means, "validation/questions": questions})
         self._say(
-            f"validation after step {progress.phase_step}/{self.config['steps']} {self.name}"
+            f"validation after step {progress.phase_step}/{self.steps} {self.name}"
             f" loss {means.get('validation/loss', 0.0):.4g} exact match {means.get('validation/exact_match', 0.0):.1%}"
             f" of {questions:.0f} questions in {metrics_lib.duration(time.perf_counter() - began)}"
         )
@@ -280,13 +289,12 @@ class _Compiled:
         return self._programs[shapes](*args)
 
 
-def open_workdir(workdir: str | Path, config: Mapping[str, Any]) -> Path:
-    """Makes the folder of a run, or checks that it is the one of this config.
+def check_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this config's run already; False for one that is new. Writes nothing.
 
     Raises:
-      InputError: if it is another run's, with the difference, or not a run's; nothing in it is changed.
+      InputError: it is another run's, with the difference, or what is in it is nobody's.
     """
-    workdir = Path(workdir)
     path = workdir / "config.json"
     if path.exists():
         try:
@@ -300,19 +308,23 @@ def open_workdir(workdir: str | Path, config: Mapping[str, Any]) -> Path:
                 + "\n".join(f"  {line}" for line in difference)
                 + "\nSet --workdir to a new folder, or the config back to theirs."
             )
-        return workdir
+        return True
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"Workdir {workdir} is a file; set --workdir to a folder.")
-    for name in ("checkpoints", "metrics.jsonl"):
+    for name in ("checkpoints", "metrics.jsonl", "models", "model"):
         if (workdir / name).exists():
             raise InputError(
                 f"Workdir {workdir} holds {name} but no config.json, so whose it is cannot be told. Choose another one."
             )
+    return False
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Makes the folder and writes its config.json, whole or not at all."""
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return workdir
+    temporary.replace(workdir / "config.json")
 
 
 def _export(task: Task, params: Params, target: Path, say: Say) -> None:

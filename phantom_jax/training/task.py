@@ -4,6 +4,7 @@ The loop itself knows none of them. It takes a `Task`, so that a test or a study
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,6 +79,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         batch = prepared(_smallest_batch(processor.tile_size))
         return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
 
+    @functools.cache
     def open_split(split):
         return sources.open_records(name, split, data_dir)
 
@@ -94,16 +96,18 @@ def assemble(config: Mapping[str, Any]) -> Task:
             threads=phase["data"]["threads"],
         )
 
-    validation = []
-
+    @functools.cache
     def validation_batches():
-        if not validation:
-            settings = config["validation"]
-            records = open_split(settings["split"])
-            chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
-            batches = pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"])
-            validation.extend(item.batch for item in batches)
-        return validation
+        settings = config["validation"]
+        records = open_split(settings["split"])
+        chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
+        return [
+            item.batch for item in pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"])
+        ]
+
+    if config["validation"]["every"]:
+        # A split that does not exist shall come up now.
+        open_split(config["validation"]["split"])
 
     def export(params, folder):
         tokens = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)

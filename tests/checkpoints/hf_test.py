@@ -15,13 +15,57 @@ from tests.models import small
 FOLDERS = ["phantom-0.5b", "phantom-1.8b", "phantom-3.8b", "phantom-7b", "llava-hf", "llava-original"]
 
 # What the reference code reads of each config.json; nested keys with dots.
-VISION_FIELDS = (
-    "hidden_act hidden_size image_size intermediate_size layer_norm_eps num_attention_heads num_hidden_layers patch_size"
-).split()
-DECODER_FIELDS = (
-    "hidden_act hidden_size intermediate_size max_position_embeddings num_attention_heads num_hidden_layers "
-    "num_key_value_heads rms_norm_eps tie_word_embeddings vocab_size"
-).split()
+VISION_FIELDS = [
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "patch_size",
+]
+INTERNVIT_FIELDS = ["norm_type", "qk_normalization", "qkv_bias"]
+DECODER_FIELDS = [
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "vocab_size",
+]
+TOP_FIELDS = {
+    "phantom": [
+        "architectures",
+        "downsample_ratio",
+        "eos_token_id",
+        "force_image_size",
+        "ignore_index",
+        "image_token_index",
+        "model_type",
+    ],
+    "llava-hf": [
+        "architectures",
+        "image_token_index",
+        "model_type",
+        "projector_hidden_act",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    ],
+    "llava-original": [
+        "architectures",
+        "mm_hidden_size",
+        "mm_vision_select_feature",
+        "mm_vision_select_layer",
+        "mm_vision_tower",
+        "model_type",
+        "use_mm_proj",
+    ],
+}
 
 
 def lost(old, new, path=""):
@@ -44,7 +88,9 @@ def test_import_then_export_keeps_every_tensor_and_field(golden, folder, tmp_pat
         assert ours[name].tobytes() == theirs[name].tobytes(), name
     for name in ("config.json", "vision_config.json"):
         if (source / name).exists():
-            assert not list(lost(json.loads((source / name).read_text()), json.loads((tmp_path / "out" / name).read_text())))
+            assert not list(
+                lost(json.loads((source / name).read_text()), json.loads((tmp_path / "out" / name).read_text()))
+            )
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -60,18 +106,11 @@ def test_the_config_is_written_from_the_model_alone(golden, folder):
         assert ours[key] == theirs[key], key
     tower = beside if bare.format == "llava-original" else written["vision_config"]
     theirs = checkpoint.published.vision_config or original["vision_config"]
-    for key in VISION_FIELDS + (["norm_type", "qk_normalization", "qkv_bias"] if bare.format == "phantom" else []):
+    for key in VISION_FIELDS + (INTERNVIT_FIELDS if bare.format == "phantom" else []):
         assert tower[key] == theirs[key], key
     again = hf_config.read(written, beside)
     assert again[0] == checkpoint.config and again[2].image == checkpoint.tokens.image
-    top = {
-        "phantom": "architectures downsample_ratio eos_token_id force_image_size ignore_index image_token_index model_type",
-        "llava-hf": "architectures image_token_index model_type projector_hidden_act vision_feature_layer "
-        "vision_feature_select_strategy",
-        "llava-original": "architectures mm_hidden_size mm_vision_select_feature mm_vision_select_layer mm_vision_tower "
-        "model_type use_mm_proj",
-    }[bare.format]
-    for key in top.split():
+    for key in TOP_FIELDS[bare.format]:
         assert written[key] == original[key], key
 
 
@@ -83,7 +122,9 @@ def test_tensors_keep_their_dtype(golden, dtype, tmp_path):
     save_file(tensors, source / "model.safetensors")
     pretrained.save(pretrained.load(source), tmp_path / "out", format="phantom")
     ours = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(ours[name].tobytes() == tensor.tobytes() and ours[name].dtype == dtype for name, tensor in tensors.items())
+    assert all(
+        ours[name].tobytes() == tensor.tobytes() and ours[name].dtype == dtype for name, tensor in tensors.items()
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
 
 

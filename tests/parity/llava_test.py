@@ -1,7 +1,7 @@
 """LLaVA checkpoints that `transformers` writes, read here: the same logits and the same answers as in PyTorch.
 
-The stored golden numbers fix a few shapes; these models are made on the spot, so that widths, head counts and RoPE kinds
-can be varied freely.
+The stored golden numbers fix a few shapes; these models are made on the spot, so that widths, head counts and kinds of
+RoPE vary freely.
 """
 
 import jax

@@ -119,7 +119,9 @@ def test_llava_made_and_read_by_transformers(tmp_path):
         initializer_range=0.2,
     )
     text = transformers.LlamaConfig(**SIZES | {"vocab_size": 211}, rms_norm_eps=1e-6)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=208, image_seq_length=16)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=208, image_seq_length=16
+    )
     theirs = transformers.LlavaForConditionalGeneration(config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     tensors = load_file(tmp_path / "theirs" / "model.safetensors")

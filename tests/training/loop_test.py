@@ -37,7 +37,8 @@ def final_state(workdir):
     step = manager.latest_step()
     data, meta = checkpoints.restore_meta(manager, step)
     config = json.loads((workdir / "config.json").read_text())
-    phase = loop._Phase(config, meta["progress"]["phase"], make_task(), print)
+    shapes = jax.eval_shape(make_task().init_params, jax.random.key(0))
+    phase = loop._Phase(config, meta["progress"]["phase"], make_task(), shapes, print)
     state = checkpoints.restore_state(manager, step, phase.abstract_state())
     manager.close()
     return jax.device_get(state), data, meta
@@ -93,8 +94,8 @@ def test_learning_rates_follow_the_phase_and_end_with_it(whole):
 
 def test_the_lines_say_what_happens(whole):
     lines = whole["lines"]
-    assert lines[0] == "compiling the first step ..."
-    assert lines[1].startswith("compiled the first step in ")
+    assert lines[:2] == ["opening the data ...", "compiling the first step ..."]
+    assert lines[2].startswith("compiled the first step in ")
     [line] = [line for line in lines if line.startswith("step 3/7 first loss ")]
     for part in (" gnorm ", " lr 1.0e-02 ", " tok/s ", " img/s ", " data ", " eta "):
         assert part in line
@@ -317,6 +318,22 @@ def test_a_wrong_config_is_refused_before_anything_is_written(tmp_path):
     config = toy_config()
     config.phases[0].accumulation = 3
     with pytest.raises(InputError, match="accumulation"):
+        run(tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_mistake_about_a_later_phase_comes_up_before_anything_is_written(tmp_path):
+    class Refusing(ToyIterator):
+        def __init__(self, phase, seen):
+            super().__init__(phase, seen)
+            if phase == 1:
+                raise InputError("no such split")
+
+    with pytest.raises(InputError, match="no such split"):
+        run(tmp_path / "new", iterator=Refusing)
+    config = toy_config()
+    config.phases[1].groups[0].patterns = ("embedding/**",)
+    with pytest.raises(InputError, match="'embedding/\\*\\*' of groups.*: embed"):
         run(tmp_path / "new", config)
     assert not (tmp_path / "new").exists()
 

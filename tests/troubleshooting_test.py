@@ -1,0 +1,55 @@
+"""Every message that docs/troubleshooting.md explains is one that the code gives."""
+
+import ast
+import re
+
+import pytest
+
+
+def _template(node):
+    """A string of the source, with … where a value is put in; None for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return (_template(node.left) or "…") + (_template(node.right) or "…")
+    return None
+
+
+@pytest.fixture(scope="module")
+def messages(repository):
+    """All strings of the package, and the lines of the scripts."""
+    found = []
+    for path in sorted((repository / "phantom_jax").rglob("*.py")):
+        found += filter(None, map(_template, ast.walk(ast.parse(path.read_text()))))
+    for path in sorted((repository / "launch").glob("*.sh")):
+        found += path.read_text().splitlines()
+    return found
+
+
+def test_every_explained_message_exists(repository, messages):
+    text = (repository / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^### `(.*)`$", text, flags=re.MULTILINE)
+    assert len(headings) > 20
+    missing = []
+    for heading in headings:
+        # In a heading … stands for any text; what lies between must come in this order in one message.
+        pattern = re.compile(".*".join(map(re.escape, filter(None, re.split(r"\s*…\s*", heading)))), re.DOTALL)
+        if not any(pattern.search(message) for message in messages):
+            missing.append(heading)
+    assert not missing
+
+
+def test_commands_and_links_in_the_docs_exist(repository):
+    """Verbs, configs and files that README.md and docs/ name."""
+    from phantom_jax.cli import _VERBS
+
+    for path in [repository / "README.md", *sorted((repository / "docs").glob("*.md"))]:
+        text = path.read_text()
+        for verb in re.findall(r"^phantom-jax (\w+)", text, flags=re.MULTILINE):
+            assert verb in _VERBS, f"{path.name}: {verb}"
+        for name in re.findall(r"(?:configs|launch|docs|phantom_jax)/[\w/]+\.(?:py|sh|md)", text):
+            assert (repository / name).is_file() or "NAME" in name, f"{path.name}: {name}"
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            assert (path.parent / link).exists() or link.endswith(".png"), f"{path.name}: {link}"
