@@ -51,7 +51,7 @@ enter_environment() {
   # What was installed, and from where: when neither changed there is nothing to do.
   stamp="$(cat "$repository/requirements.txt" "$repository/pyproject.toml" - <<<"$repository" | cksum)"
   if [[ "$(cat "$home/phantom-jax.stamp" 2>/dev/null || true)" != "$stamp" ]]; then
-    printf 'installing the packages of requirements.txt into %s (about 700 MB the first time)\n' "$home"
+    printf 'installing the packages of requirements.txt into %s (1.4 GB on disk)\n' "$home"
     : >"$home/phantom-jax.log"
     logged "$home/phantom-jax.log" python -m pip install --disable-pip-version-check \
       --requirement "$repository/requirements.txt" --editable "$repository"

@@ -73,6 +73,10 @@ evaluate() {
 }
 
 convert() {
+  # Written anew each time; what else may be called hf in a folder of the user's stays.
+  if [[ -e "$folder/hf" && ! -f "$folder/hf/processor_config.json" ]]; then
+    fail "$folder/hf exists and is no exported model; move it away, or give another folder."
+  fi
   rm -rf "$folder/hf"
   phantom-jax convert --source="$folder/model" --target="$folder/hf" --to=phantom --verify
 }
@@ -106,8 +110,10 @@ PYTHON
 }
 
 if [[ "$smoke" == true ]]; then
-  folder="${folder:-$repository/runs/smoke}"
-  rm -rf "$repository/runs/smoke"
+  if [[ -z "$folder" ]]; then
+    folder="$repository/runs/smoke"
+    rm -rf "$folder"
+  fi
   source=handwritten_numbers/tiny
   variant=",smoke"
 else

@@ -39,9 +39,11 @@ python -m ruff check .
 python -m ruff format --check .
 
 printf '== tests\n'
+# Most of the time goes into compiling, one core each: a process for each core, one file at a time, halves it on two.
+pytest=(python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadscope)
 if [[ "$parity" == true ]]; then
   install_torch
-  python -m pytest ${arguments[@]+"${arguments[@]}"}
 else
-  python -m pytest --ignore=tests/parity ${arguments[@]+"${arguments[@]}"}
+  pytest+=(--ignore=tests/parity)
 fi
+"${pytest[@]}" ${arguments[@]+"${arguments[@]}"}

@@ -4,6 +4,7 @@ Each verb reads its flags and calls one library function, imported only then: as
 transformers, orbax or grain. Exit codes: 0 done, 1 crash, 2 bad config or input, 3 diverged, 42 preempted and saved.
 """
 
+import contextlib
 import difflib
 import re
 import sys
@@ -42,8 +43,11 @@ def _prepare(values: flags.FlagValues) -> None:
 
     from phantom_jax.data.sources import prepare
 
-    tensorflow_datasets.disable_progress_bar()  # dozens of lines for some seconds of work
-    print(f"records and tokenizer are in {prepare(values.source, values.target)}")
+    # Dozens of lines for some seconds of work, and news of a download that there is not.
+    tensorflow_datasets.disable_progress_bar()
+    with contextlib.redirect_stdout(None):
+        folder = prepare(values.source, values.target)
+    print(f"records and tokenizer are in {folder}")
 
 
 def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -92,7 +96,8 @@ def _define_generate(values: flags.FlagValues, argv: Sequence[str]) -> None:
     text = "Image file. Given once for each image, in order."
     flags.DEFINE_multi_string("image", [], text, flag_values=values)
     flags.DEFINE_string("prompt", None, "The question.", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens.", flag_values=values, lower_bound=1)
+    text = "Longest answer, in tokens. When not given 64, or what the context leaves."
+    flags.DEFINE_integer("max_new_tokens", None, text, flag_values=values, lower_bound=1)
 
 
 def _generate(values: flags.FlagValues) -> None:

@@ -11,6 +11,7 @@ computed again when an override changes one of those: let the file read a varian
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from phantom_jax.errors import InputError
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
+ATTENTION_BACKENDS = ("xla", "chunked")
 
 OBJECTIVES = {
     "sft": {},
@@ -69,7 +71,7 @@ of a step, over all micro-batches and devices. A `max_digits` of 0 takes images 
 
 DEFAULTS = {
     "seed": 0,
-    "model": {"name": "", "dtype": "float32"},
+    "model": {"name": "", "dtype": "float32", "attention_backend": "xla"},
     "data": {"name": "handwritten_numbers", "data_dir": ""},
     "processor": {"template": "qwen2", "tile_size": 448, "max_tiles": 6, "max_length": 2048},
     "phases": (),
@@ -85,13 +87,43 @@ split. `max_skipped_in_a_row` steps skipped one after another, since loss or gra
 _OPEN = {"model", "phases[].data.kind_weights"}
 """Sections with keys of their own, checked by who reads them."""
 
-_NOT_NEGATIVE = ("end_learning_rate", "weight_decay", "clip_norm", "eps", "every", "max_digits", "images", "seed") + (
+_DECIDES_NOTHING = (
+    "data.data_dir",
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "validation.batch_size",
+    "phases[].data.threads",
+)
+"""Keys that may change between a run and its continuation."""
+
+_NOT_NEGATIVE = (
+    "end_learning_rate",
+    "weight_decay",
+    "clip_norm",
+    "eps",
+    "every",
+    "max_digits",
+    "images",
+    "seed",
     "beta",
     "gamma",
     "sft_weight",
 )
-_POSITIVE = ("learning_rate", "batch_size", "accumulation", "steps", "keep", "log_every", "max_skipped_in_a_row") + (
-    *("tile_size", "max_tiles", "max_length", "questions_per_image", "images_per_row", "threads"),
+_POSITIVE = (
+    "learning_rate",
+    "batch_size",
+    "accumulation",
+    "steps",
+    "keep",
+    "log_every",
+    "max_skipped_in_a_row",
+    "tile_size",
+    "max_tiles",
+    "max_length",
+    "questions_per_image",
+    "images_per_row",
+    "threads",
 )
 
 
@@ -210,6 +242,12 @@ def config_difference(first: Any, second: Any) -> list[str]:
     ]
 
 
+def decides_nothing(difference: str) -> bool:
+    """Whether a line of `config_difference` is about a key that no loss, row or weight depends on."""
+    path = re.sub(r"\[\d+\]", "[]", difference.split(":")[0])
+    return path in _DECIDES_NOTHING
+
+
 def _check_section(values: Mapping, known: Mapping, prefix: str) -> Iterator[str]:
     generic = prefix.rstrip(".")
     for key, value in values.items():
@@ -276,6 +314,8 @@ def _check_value(path: str, key: str, value: Any, default: Any) -> Iterator[str]
         yield f"{path} is {value!r}; it must be at least 0 and less than 1."
     elif key == "schedule" and value not in SCHEDULES:
         yield f"{path} is {value!r}; it must be one of {', '.join(SCHEDULES)}."
+    elif key == "attention_backend" and value not in ATTENTION_BACKENDS:
+        yield f"{path} is {value!r}; it must be one of {', '.join(ATTENTION_BACKENDS)}."
     elif key == "dtype" and value not in DTYPES:
         yield f"{path} is {value!r}; it must be one of {', '.join(DTYPES)}."
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from phantom_jax.checkpoints import hf, native
@@ -23,6 +24,7 @@ from phantom_jax.processor import Processor, pad_prompts
 
 # Prompts are padded to a multiple, so that prompts of similar length share one compiled program.
 _LENGTH_BUCKET = 64
+_NEW_TOKENS = 64
 
 
 @dataclasses.dataclass
@@ -45,14 +47,14 @@ class VisionLanguage:
         return self.checkpoint.params
 
     def generate(
-        self, prompt: str | Sequence[str], *, images: Sequence[Any] = (), max_new_tokens: int = 64
+        self, prompt: str | Sequence[str], *, images: Sequence[Any] = (), max_new_tokens: int | None = None
     ) -> str | list[str]:
         """Answers one question, or several at once; greedy.
 
         Args:
           prompt: a question, or a list of them. `<image>` says where an image stands; without it, images come first.
           images: paths, encoded bytes or open images; for a list of questions, a list of such lists.
-          max_new_tokens: longest answer in tokens, its end marker included.
+          max_new_tokens: longest answer in tokens, its end marker included; by default 64, or what the context leaves.
 
         Returns:
           The answer, or one for each question.
@@ -60,8 +62,12 @@ class VisionLanguage:
         Raises:
           InputError: an image cannot be read, marks and images do not fit, or the prompt leaves no room in the context.
         """
+        if isinstance(images, str | bytes | os.PathLike):
+            raise InputError("images is one image: give a list of them, images=[path] for instance")
         if isinstance(prompt, str):
             return self.generate([prompt], images=[images], max_new_tokens=max_new_tokens)[0]
+        if not prompt:
+            return []
         processor = self._processor()
         if len(images) not in (0, len(prompt)):
             raise InputError(f"{len(prompt)} prompts need as many lists of images, got {len(images)}")
@@ -70,12 +76,13 @@ class VisionLanguage:
             for text, paths in zip(prompt, images or [()] * len(prompt), strict=True)
         ]
         longest = max(len(item.token_ids) for item in prompts)
-        if longest + max_new_tokens > processor.max_length:
+        room = processor.max_length - longest
+        if room < (max_new_tokens or 1):
             raise InputError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit the context of "
-                f"{processor.max_length}: shorten the prompt or set max_new_tokens to at most "
-                f"{max(processor.max_length - longest, 0)}"
+                f"a prompt of {longest} tokens leaves {room} of the context's {processor.max_length} for the answer: "
+                f"shorten the prompt" + (f", or set max_new_tokens={max_new_tokens} to at most {room}" if room else "")
             )
+        max_new_tokens = max_new_tokens or min(_NEW_TOKENS, room)
         length = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, processor.max_length)
         batch = dict(pad_prompts(prompts, pad_id=processor.pad_id, length=length))
         pixels = batch.pop("pixels")
@@ -103,7 +110,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> VisionLanguage:
 
     Args:
       path: the folder.
-      dtype: of the computation; by default that of the embedding as stored.
+      dtype: of the computation; by default that of the embedding as stored, bfloat16 for float16.
 
     Raises:
       InputError: there is no model in the folder, or it is not complete.
@@ -119,7 +126,10 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> VisionLanguage:
     else:
         raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
     processor = Processor.load(directory) if (directory / "processor_config.json").is_file() else None
-    dtype = dtype or checkpoint.params["language_model"]["embedding"].dtype
+    if dtype is None:
+        stored = checkpoint.params["language_model"]["embedding"].dtype
+        # float16 overflows where these models were trained in bfloat16.
+        dtype = jnp.bfloat16 if stored == jnp.float16 else stored
     return VisionLanguage(VisionLanguageModel(checkpoint.config, dtype), processor, checkpoint)
 
 

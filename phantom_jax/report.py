@@ -144,7 +144,7 @@ def _draw_answers(figure: Any, results: dict[str, Any], folder: Path) -> None:
         right = answer == example["truth"]
         with Image.open(folder / example["image"]) as image:
             axes.imshow(image.convert("RGB"))
-        text = f"{example['question']}\n{answer}" + ("" if right else f"  (truth: {example['truth']})")
+        text = f"{example['question']}\nanswer {answer}, truth {example['truth']}"
         axes.set_title(text, fontsize=9, color="green" if right else "red", parse_math=False)
     right, count = results["models"][name]["all"]["all"]
     text = f"{results['split']} split: {right:,} of {count:,} answers right ({100 * right / count:.1f} %)"

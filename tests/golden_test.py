@@ -15,8 +15,8 @@ from phantom_jax.generation.decode import greedy
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.trees import flatten
 
-ROOT = pathlib.Path(os.environ.get("PHANTOM_JAX_GOLDEN", pathlib.Path(__file__).parent / "golden"))
-FOLDERS = sorted(path.name for path in ROOT.iterdir() if (path / "golden.npz").is_file())
+ROOT = pathlib.Path(os.environ.get("PHANTOM_JAX_GOLDEN") or pathlib.Path(__file__).parent / "golden")
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/golden.npz"))
 TOLERANCE = 2e-4
 
 

@@ -66,7 +66,7 @@ def test_every_curve_and_image_is_drawn(tmp_path, evaluation):
     assert len(drawn) == 12
     titles = [axes.title for axes in drawn]
     assert [title.get_color() for title in titles] == ["red"] + ["green"] * 11
-    assert "truth: 1" in titles[0].get_text() and titles[1].get_text() == "Read.\n1"
+    assert titles[1].get_text() == "Read.\nanswer 1, truth 1"
 
 
 def test_curves_alone(tmp_path):

@@ -23,7 +23,8 @@ from phantom_jax.trees import flatten, unflatten
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_LISTED = 20
+# Tables of angles that old LLaMA files carry; they follow from the config.
+_DERIVED = "rotary_emb.inv_freq"
 
 
 @dataclasses.dataclass
@@ -119,7 +120,7 @@ class _Tensors:
                 self._where[name] = path
         missing = sorted(set(index or {}) - set(self._where))
         if missing:
-            raise InputError(f"{_INDEX} lists tensors that no shard holds: {', '.join(missing[:_LISTED])}")
+            raise InputError(f"{_INDEX} lists tensors that no shard holds: {', '.join(missing)}")
 
     @staticmethod
     def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
@@ -175,7 +176,7 @@ def _row_shapes(row: names.Row, ours: Mapping[str, tuple[int, ...]]) -> list[tup
 
 def _check(rows, ours, tensors, directory) -> None:
     expected = {name: row.transform.shape(_row_shapes(row, ours)) for row in rows for name in row.names()}
-    present = set(tensors)
+    present = {name for name in tensors if not name.endswith(_DERIVED)}
     problems = {
         "missing": sorted(set(expected) - present),
         "not expected": sorted(present - set(expected)),
@@ -200,11 +201,19 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
       InputError: the layout cannot express the model.
     """
     directory = pathlib.Path(directory)
+    hf_config.check_expressible(checkpoint.config, checkpoint.published)
     flat = flatten({"params": checkpoint.params, "unused": checkpoint.unused})
     tensors: dict[str, np.ndarray] = {}
-    for row in table(checkpoint.config, checkpoint.published):
-        if any(path not in flat for path in row.paths):
-            continue  # A tower made here has no unused layers.
+    # A tower made here has none of the layers that only published ones carry.
+    rows = [
+        row
+        for row in table(checkpoint.config, checkpoint.published)
+        if checkpoint.unused or not row.paths[0].startswith("unused/")
+    ]
+    missing = sorted({path for row in rows for path in row.paths} - set(flat))
+    if missing:
+        raise InputError(f"the model lacks parameters, nothing was written: {', '.join(missing)}")
+    for row in rows:
         for layer, name in enumerate(row.names()):
             arrays = [flat[path] if row.layers is None else flat[path][layer] for path in row.paths]
             tensors[name] = np.ascontiguousarray(row.transform.save(tuple(np.asarray(array) for array in arrays)))
@@ -214,3 +223,5 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     if beside is not None:
         (directory / "vision_config.json").write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
     safetensors.numpy.save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+    # The library makes a file that its owner alone may read.
+    (directory / _WEIGHTS).chmod((directory / "config.json").stat().st_mode)

@@ -51,7 +51,10 @@ def publish(config: VisionLanguageConfig, layout: str | None = None) -> Publishe
         layout = fitting[config.projector.kind]
     if layout != "phantom":
         return Published(layout, "llama")
-    return Published(layout, "qwen2" if config.language_model.qkv_bias else "internlm2")
+    # Each decoder's published code has something that the others lack.
+    if config.language_model.qkv_bias:
+        return Published(layout, "qwen2")
+    return Published(layout, "phi3" if config.language_model.rope.kind in ("su", "longrope") else "internlm2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,14 @@ def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
         raise InputError(f"{where} has no {key!r}: the file is not complete, take it from the published checkpoint")
     return config[key]
 
+
+_LLAMA_DEFAULTS = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
 
 # ---- decoder
 
@@ -255,18 +266,23 @@ def read(
       InputError: it describes something else, or something that is not supported.
     """
     layout = detect_format(config)
-    if layout == "phantom":
-        return _read_phantom(config)
-    if layout == "llava-hf":
-        return _read_llava_hf(config)
-    return _read_llava_original(config, vision_config)
+    try:
+        if layout == "phantom":
+            return _read_phantom(config)
+        if layout == "llava-hf":
+            return _read_llava_hf(config)
+        return _read_llava_original(config, vision_config)
+    except InputError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"config.json does not describe a {layout} model that is supported: {error}") from error
 
 
 def _eos(*values: Any) -> tuple[int, ...]:
     for value in values:
         if value is not None:
             return tuple(value) if isinstance(value, list | tuple) else (int(value),)
-    return ()
+    raise InputError("config.json has no 'eos_token_id': without it no answer would end, take it from the checkpoint")
 
 
 def _read_phantom(config):
@@ -290,7 +306,8 @@ def _read_phantom(config):
 
 
 def _read_llava_hf(config):
-    text = _need(config, "text_config", "config.json")
+    # transformers leaves out of these what equals its own defaults.
+    text = {**_LLAMA_DEFAULTS, **_need(config, "text_config", "config.json")}
     if text.get("model_type", "llama") != "llama":
         raise InputError(f"text_config has model_type={text['model_type']!r}: only llama is supported in LLaVA")
     strategy = config.get("vision_feature_select_strategy", "default")
@@ -350,7 +367,7 @@ def write(
     Raises:
       InputError: the layout cannot express the model.
     """
-    _check_expressible(config, published)
+    check_expressible(config, published)
     old = copy.deepcopy(dict(published.config))
     clip = published.format != "phantom"
     vision = _write_vision(config.vision_tower, clip)
@@ -403,7 +420,8 @@ def write(
     return {**old, **new}, beside
 
 
-def _check_expressible(config: VisionLanguageConfig, published: Published) -> None:
+def check_expressible(config: VisionLanguageConfig, published: Published) -> None:
+    """Raises an `InputError` where a layout cannot express a model."""
     decoder, layout = config.language_model, published.format
     if layout not in FORMATS:
         raise InputError(f"format {layout!r} does not exist: use one of {', '.join(FORMATS)}")

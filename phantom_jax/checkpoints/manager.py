@@ -18,9 +18,6 @@ from phantom_jax.errors import InputError
 
 State = TypeVar("State")
 
-_SHOWN = 20
-"""How many wrong arrays of each kind a message lists."""
-
 
 def open_manager(directory: str | Path, *, keep: int) -> ocp.CheckpointManager:
     """Opens, or makes, a folder of checkpoints. Close the manager: that waits for what is still being written.
@@ -99,8 +96,7 @@ def _check(wanted: Any, found: Any, where: Any) -> None:
     lines = []
     for what, entries in problems:
         if entries:
-            rest = f", and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-            lines.append(f"  {len(entries)} {what}: {', '.join(entries[:_SHOWN])}{rest}")
+            lines.append(f"  {len(entries)} {what}: {', '.join(entries)}")
     if lines:
         raise InputError(
             f"Checkpoint {where} does not hold the state that this config trains:\n"

@@ -52,33 +52,6 @@ class RowOptions:
         object.__setattr__(self, "kind_weights", weights)
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """A question of an evaluation, for counting by kind and by size.
-
-    Attributes:
-      record: index of the record.
-      kind: of the question.
-      digits: how many digits the image shows.
-      question: its text.
-      truth: its answer.
-    """
-
-    record: int
-    kind: str
-    digits: int
-    question: str
-    truth: str
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationBatch:
-    """A batch, and for each row the questions of its answer slots 1, 3, 5, ... (none for a padding row)."""
-
-    batch: Batch
-    asked: list[list[Asked]]
-
-
 class TrainingRows:
     """The rows of all epochs by index: the random-access source that Grain reads.
 
@@ -211,19 +184,12 @@ def train_iterator(
     return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def questions_of(records: Sequence[Record]) -> list[Asked]:
-    """Every question of every record, in order."""
-    return [asked for index, record in enumerate(records) for asked in _asked(index, record)]
-
-
-def evaluation_batches(
-    records: Sequence[Record], processor: Processor, *, batch_size: int, rejected: bool = False
-) -> list[EvaluationBatch]:
+def evaluation_batches(records: Sequence[Record], processor: Processor, *, batch_size: int) -> list[Batch]:
     """Every question of every record once, for scoring given answers: a row a record, its questions as branches.
 
     All batches have one shape; the last is filled up with padding rows (`segment_ids` 0, `row_ids` -1).
     """
-    bound = length_bound(processor, rejected=rejected)
+    bound = length_bound(processor, rejected=False)
     asking = [(index, record, record.questions) for index, record in enumerate(records)]
     sizes = []
     for _, record, questions in asking:
@@ -234,15 +200,6 @@ def evaluation_batches(
     for start in range(0, len(asking), batch_size):
         part = asking[start : start + batch_size]
         filled = [[one] for one in part] + [[]] * (batch_size - len(part))
-        rows = [build_row(one, processor, shape, rejected=rejected) for one in filled]
-        batch = Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
-        asked = [_asked(index, record) for index, record, _ in part] + [[]] * (batch_size - len(part))
-        batches.append(EvaluationBatch(batch, asked))
+        rows = [build_row(one, processor, shape, rejected=False) for one in filled]
+        batches.append(Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]}))
     return batches
-
-
-def _asked(index: int, record: Record) -> list[Asked]:
-    return [
-        Asked(index, question.kind, len(record.digits), question.question, question.chosen)
-        for question in record.questions
-    ]

@@ -105,6 +105,13 @@ def build_row(
         row["answer_slots"][part] += np.where(segment.answer_slots > 0, 2 * pair, 0)
         row["pixels"][tile : tile + len(cut)] = cut
         token, tile, pair = token + len(segment), tile + len(cut), pair + len(questions)
+        if segment.token_ids[0] != row["token_ids"][0] or segment.image_slots[0] != -1:
+            # The phantom dimension reads the states of the first token, and one set of them serves the whole row.
+            raise InputError(
+                f"{record.id} begins with token {segment.token_ids[0]}, its row with {row['token_ids'][0]}. The "
+                "conversations of a row must begin with the same text token: set images_per_row to 1, or take a "
+                "template that opens every conversation alike."
+            )
     return row
 
 

@@ -36,19 +36,22 @@ def open_image(source: Source, name: str | None = None) -> Image.Image:
       InputError: the image cannot be read, is none of `FORMATS`, is cut short, or has more than `MAX_PIXELS` pixels.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _decode(_checked_size(source, name or "The image"), name or "The image")
     stream, name = _stream(source, name)
     with stream:
-        image = _header(stream, name)
-        try:
-            image.load()
-            return _to_rgb(image)
-        # Decoders of damaged files raise nearly every class of exception, so that no narrower list would do.
-        except Exception as error:
-            width, height = image.size
-            raise InputError(
-                f"{name} ({image.format}, {width} x {height}) is cut short or damaged: {error}. Give an intact file."
-            ) from error
+        return _decode(_header(stream, name), name)
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        return _to_rgb(image)
+    # Decoders of damaged files raise nearly every class of exception, so that no narrower list would do.
+    except Exception as error:
+        width, height = image.size
+        raise InputError(
+            f"{name} ({image.format}, {width} x {height}) is cut short or damaged: {error}. Give an intact file."
+        ) from error
 
 
 def image_size(source: Source, name: str | None = None) -> tuple[int, int]:
@@ -84,6 +87,10 @@ def _header(stream: BinaryIO, name: str) -> Image.Image:
             f"{name} is not an image of the formats {', '.join(FORMATS)} (it begins with {stream.read(16)!r}). "
             "Convert it to PNG or JPEG."
         ) from error
+    return _checked_size(image, name)
+
+
+def _checked_size(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise InputError(

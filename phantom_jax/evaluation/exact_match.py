@@ -1,5 +1,6 @@
 """Exact match of greedily generated answers, in all, by kind of question and by digit count."""
 
+import dataclasses
 import io
 import json
 import math
@@ -10,13 +11,31 @@ from typing import Any
 
 from PIL import Image
 
-from phantom_jax.data.pipeline import Asked
 from phantom_jax.data.sources import open_records
 from phantom_jax.errors import InputError
 from phantom_jax.pretrained import load
 
 # How many answered images are kept beside the numbers.
 EXAMPLES = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question, for counting by kind and by size.
+
+    Attributes:
+      record: index of the record.
+      kind: of the question.
+      digits: how many digits the image shows.
+      question: its text.
+      truth: its answer.
+    """
+
+    record: int
+    kind: str
+    digits: int
+    question: str
+    truth: str
 
 
 def score(questions: Sequence[Asked], answers: Sequence[str]) -> dict[str, dict[str, list[int]]]:

@@ -223,7 +223,12 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", init, shape, jnp.float32)
         if not config.tie_embeddings:
             self.head = Dense(
-                (config.embed_dim,), (config.vocab_size,), (axes.EMBED,), (axes.VOCAB,), False, self.dtype
+                (config.embed_dim,),
+                (config.vocab_size,),
+                (axes.EMBED,),
+                (axes.VOCAB,),
+                dtype=self.dtype,
+                output_dtype=jnp.float32,
             )
         self.final_norm = RMSNorm(config.norm_epsilon)
         scanned = nn.scan(
@@ -245,7 +250,7 @@ class Decoder(nn.Module):
         if self.config.tie_embeddings:
             embedding = self.embedding.astype(self.dtype)
             return jnp.einsum("bld,vd->blv", hidden_BLD, embedding, preferred_element_type=jnp.float32)
-        return self.head(hidden_BLD).astype(jnp.float32)
+        return self.head(hidden_BLD)
 
     def __call__(
         self,

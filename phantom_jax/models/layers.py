@@ -25,6 +25,7 @@ class Dense(nn.Module):
       use_bias: whether a bias [*output_shape] is added.
       dtype: of the computation; parameters keep their own.
       gain: factor on the initial standard deviation 1 / sqrt(fan-in).
+      output_dtype: of the accumulation and the result, where `dtype` would lose too much (logits).
     """
 
     input_shape: Sequence[int]
@@ -34,6 +35,7 @@ class Dense(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     gain: float = 1.0
+    output_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,7 +47,9 @@ class Dense(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32).astype(self.dtype)
         contracted = len(inputs)
         dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (dimensions, ((), ())))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel, (dimensions, ((), ())), preferred_element_type=self.output_dtype
+        )
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.output_axes))
             bias = self.param("bias", bias_init, outputs, jnp.float32).astype(self.dtype)

@@ -180,7 +180,7 @@ class VisionTower(nn.Module):
         kernel = parameter(
             "patch_kernel",
             scaled_normal(patch * patch * channels),
-            (axes.PATCH, axes.PATCH, axes.CHANNELS, axes.VISION_EMBED),
+            (axes.PATCH_ROW, axes.PATCH_COLUMN, axes.CHANNELS, axes.VISION_EMBED),
             (patch, patch, channels, config.embed_dim),
         )
         patches = pixels_BHWC.astype(self.dtype).reshape(batch, rows, patch, columns, patch, channels)

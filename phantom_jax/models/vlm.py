@@ -62,7 +62,7 @@ class VisionLanguageModel(nn.Module):
     Attributes:
       config: the three parts.
       dtype: of the computation; parameters keep their own.
-      attention_backend: of the decoder, see `ops.attention`.
+      attention_backend: of tower and decoder, see `ops.attention`.
       keep_layer_inputs: whether `hidden_states` also returns the input of every decoder layer.
     """
 
@@ -73,7 +73,7 @@ class VisionLanguageModel(nn.Module):
 
     def setup(self):
         config = self.config
-        self.vision_tower = VisionTower(config.vision_tower, self.dtype)
+        self.vision_tower = VisionTower(config.vision_tower, self.dtype, self.attention_backend)
         self.projector = Projector(config.projector, self.dtype)
         self.language_model = Decoder(config.language_model, self.dtype, self.attention_backend, self.keep_layer_inputs)
 
@@ -84,7 +84,9 @@ class VisionLanguageModel(nn.Module):
         features = self.projector(features[:, 1:])
         return features.reshape(batch, -1, features.shape[-1])
 
-    def hidden_states(self, batch: Mapping[str, jax.Array], *, rope_length: int, cache: Cache | None = None):
+    def hidden_states(
+        self, batch: Mapping[str, jax.Array], *, rope_length: int, cache: Cache | None = None
+    ) -> DecoderOutput:
         """Runs the decoder over a batch.
 
         Args:
@@ -124,6 +126,3 @@ class VisionLanguageModel(nn.Module):
         chosen = jnp.take_along_axis(logits, jnp.where(present, targets, 0)[:, :, None], axis=-1)[:, :, 0]
         log_probs = jnp.where(present, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
         return TokenScores(log_probs, ~present | (jnp.argmax(logits, axis=-1) == targets))
-
-
-__all__ = ["Cache", "DecoderOutput", "TokenScores", "VisionLanguageConfig", "VisionLanguageModel"]

@@ -6,6 +6,8 @@ the scaling study (arXiv 2309.09958).
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from phantom_jax.errors import InputError
 from phantom_jax.models.decoder import DecoderConfig
@@ -84,21 +86,16 @@ def get_config(
       name: a key of `MODELS`.
       image_size: pixels of a tile (LLaVA: 224 or 336).
       projector: another `ProjectorConfig.kind` (`mlp2x_gelu` for LLaVA v1.5).
-      **decoder: fields of `DecoderConfig`; `phantom=None` gives the plain language model, `vocab_size=` a new one.
+      **decoder: fields of `DecoderConfig`; `phantom=None` gives the plain language model, `phantom={"eta": 1.0}` and
+        `rope={...}` change fields of what is there.
 
     Raises:
-      InputError: the name or a field does not exist.
+      InputError: the name or a field does not exist, or a value does not fit.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(f"no model is called {name!r}: {hint}The models are {', '.join(MODELS)}")
-    known = {field.name for field in dataclasses.fields(DecoderConfig)}
-    unknown = sorted(set(decoder) - known)
-    if unknown:
-        raise InputError(
-            f"model {name!r} has no decoder field {unknown[0]!r}: the fields are {', '.join(sorted(known))}"
-        )
     config = MODELS[name]
     try:
         if image_size is not None:
@@ -106,6 +103,25 @@ def get_config(
             config = dataclasses.replace(config, vision_tower=tower)
         if projector is not None:
             config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, kind=projector))
-        return dataclasses.replace(config, language_model=dataclasses.replace(config.language_model, **decoder))
-    except ValueError as error:
+        for field, default in (("phantom", PhantomConfig()), ("rope", RopeConfig())):
+            if isinstance(decoder.get(field), Mapping):
+                present = getattr(config.language_model, field) or default
+                decoder[field] = _replace(present, f"{field}.", decoder[field])
+        return dataclasses.replace(config, language_model=_replace(config.language_model, "", decoder))
+    except (TypeError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be built so: {error}") from error
+
+
+def _replace(config, prefix: str, values: Mapping[str, Any]):
+    """`dataclasses.replace` that checks names and types."""
+    for field, value in values.items():
+        known = [entry.name for entry in dataclasses.fields(config)]
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f": the fields are {', '.join(known)}"
+            raise InputError(f"a decoder has no field {prefix + field!r}{hint}")
+        present = getattr(config, field)
+        fits = isinstance(value, type(present)) or (isinstance(present, float) and isinstance(value, int))
+        if isinstance(present, bool | int | float | str) and not fits:
+            raise TypeError(f"{prefix}{field} is {value!r}, it must be of type {type(present).__name__}")
+    return dataclasses.replace(config, **values)

@@ -125,8 +125,9 @@ def _chunked(query_BLKGH, key_BSKH, value_BSKE, query_structure, key_structure, 
         zeros_BS = jnp.zeros(key_BSKH.shape[:2], jnp.int32)
         query_structure = Structure(zeros_BL, zeros_BL + 1, zeros_BL)
         key_structure = Structure(zeros_BS, zeros_BS + 1, zeros_BS)
-    split = functools.partial(_split, chunk=min(chunk, max(length, key_BSKH.shape[1])))
-    keys = split(key_BSKH), split(value_BSKE), jax.tree.map(split, key_structure)
+    split = functools.partial(_split, chunk=min(chunk, length))
+    split_keys = functools.partial(_split, chunk=min(chunk, key_BSKH.shape[1]))
+    keys = split_keys(key_BSKH), split_keys(value_BSKE), jax.tree.map(split_keys, key_structure)
 
     def one_key_block(state, block, query, structure):
         peak, total, out = state

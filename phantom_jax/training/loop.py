@@ -111,6 +111,8 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
 
                 state = phase.run(state, iterator, progress, log=log, save=save, stop=stop, total_steps=total_steps)
                 params = merge(state.trainable, state.frozen)
+                # The optimiser's state must be gone before the next phase makes its own.
+                del state
                 last = phase is phases[-1]
                 _export(task, params, workdir / "model" if last else workdir / "models" / phase.name, say)
         say(f"done: {progress.step} steps, {progress.tokens:,} tokens, {progress.images:,} images")
@@ -302,7 +304,7 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} cannot be read as a config: {error}. Choose another workdir.") from error
         difference = configs.config_difference(theirs, config)
-        if difference:
+        if not all(map(configs.decides_nothing, difference)):
             raise InputError(
                 f"Workdir {workdir} holds a run of another config; theirs -> yours:\n"
                 + "\n".join(f"  {line}" for line in difference)

@@ -5,16 +5,17 @@ The loop itself knows none of them. It takes a `Task`, so that a test or a study
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from phantom_jax.batch import Batch
 from phantom_jax.errors import InputError
-from phantom_jax.training.state import Params
+from phantom_jax.training.state import Params, cast
 from phantom_jax.training.step import Score
 
 
@@ -62,11 +63,12 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from phantom_jax.models.vlm import VisionLanguageModel
     from phantom_jax.ops.image import normalize_pixels
 
+    _refuse_without_reference(config["phases"])
     name, data_dir = config["data"]["name"], config["data"]["data_dir"]
     tokenizer = sources.open_tokenizer(name, data_dir)
     model_config = _model_config(config["model"], tokenizer.get_vocab_size(with_added_tokens=True))
     processor = _processor(config["processor"], tokenizer, model_config)
-    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]))
+    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]), config["model"]["attention_backend"])
     rope_length = processor.max_length
 
     def prepared(batch):
@@ -92,7 +94,8 @@ def assemble(config: Mapping[str, Any]) -> Task:
             # Only a preference reads wrong answers; leaving them out saves their tokens.
             {**options, "max_digits": options["max_digits"] or None, "rejected": phase["objective"]["name"] != "sft"},
             batch_size=phase["batch_size"],
-            seed=config["seed"] + index,
+            # Not a sum: the phases of one seed would be shifted phases of the next.
+            seed=int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0]),
             threads=phase["data"]["threads"],
         )
 
@@ -101,9 +104,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         settings = config["validation"]
         records = open_split(settings["split"])
         chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
-        return [
-            item.batch for item in pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"])
-        ]
+        return pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"])
 
     if config["validation"]["every"]:
         # A split that does not exist shall come up now.
@@ -111,16 +112,27 @@ def assemble(config: Mapping[str, Any]) -> Task:
 
     def export(params, folder):
         tokens = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
+        # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
+        params = cast(params, config["model"]["dtype"])
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens)
         pretrained.save(pretrained.VisionLanguage(model, processor, checkpoint), folder)
 
     return Task(init_params, score, train_iterator, validation_batches, export)
 
 
+def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
+    for index, phase in enumerate(phases):
+        if phase["objective"]["name"] == "dpo":
+            raise InputError(
+                f"phases[{index}].objective.name is 'dpo', which needs log-probabilities under a reference model beside"
+                " the rows, and no data set brings them; take phantom_optimization, simpo or orpo, which need none."
+            )
+
+
 def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
     from phantom_jax.models import zoo
 
-    overrides = {key: value for key, value in settings.items() if key not in ("name", "dtype")}
+    overrides = {key: value for key, value in settings.items() if key not in ("name", "dtype", "attention_backend")}
     config = zoo.get_config(settings["name"], **{"vocab_size": tokens, **overrides})
     if config.language_model.vocab_size < tokens:
         raise InputError(

@@ -8,7 +8,7 @@ import pytest
 
 from phantom_jax.batch import IGNORE
 from phantom_jax.data import rows, sources, tiles
-from phantom_jax.data.pipeline import RowOptions, TrainingRows, evaluation_batches, questions_of, train_iterator
+from phantom_jax.data.pipeline import RowOptions, TrainingRows, evaluation_batches, train_iterator
 from phantom_jax.data.sources import Question, Records
 from phantom_jax.errors import InputError
 
@@ -201,32 +201,22 @@ def test_a_stream_goes_on_exactly_from_any_state(records, processor):
     assert_equal(next(iterator), batches[2])
 
 
-@pytest.mark.parametrize("rejected", [False, True])
-def test_evaluation_asks_every_question_once(records, processor, rejected):
-    batches = evaluation_batches(records["test"], processor, batch_size=7, rejected=rejected)
+def test_evaluation_asks_every_question_once(records, processor):
+    batches = evaluation_batches(records["test"], processor, batch_size=7)
     assert len(batches) == 4
-    assert len({batch.batch["token_ids"].shape for batch in batches}) == 1
-    asked = []
+    assert len({batch["token_ids"].shape for batch in batches}) == 1
+    seen = []
     for batch in batches:
-        for row, questions in enumerate(batch.asked):
-            assert (batch.batch["row_ids"][row] == -1) == (not questions)
-            assert batch.batch["segment_ids"][row].any() == bool(questions)
-            for number, question in enumerate(questions):
-                assert question.record == batch.batch["row_ids"][row]
-                answer = batch.batch["targets"][row][batch.batch["answer_slots"][row] == 2 * number + 1]
-                assert processor.decode(answer) == question.truth
-            asked += questions
-    assert asked == questions_of(records["test"])
-    assert sum(len(record.questions) for record in records["test"]) == len(asked)
-
-
-def test_a_question_knows_its_record(records):
-    for asked in questions_of(records["test"]):
-        record = records["test"][asked.record]
-        assert asked.digits == len(record.digits)
-        assert any(
-            (asked.kind, asked.question, asked.truth) == (q.kind, q.question, q.chosen) for q in record.questions
-        )
+        for row, index in enumerate(batch["row_ids"].tolist()):
+            assert batch["segment_ids"][row].any() == (index != -1)
+            if index == -1:
+                assert not batch["answer_slots"][row].any()
+                continue
+            seen.append(index)
+            slots = batch["answer_slots"][row]
+            answers = [processor.decode(batch["targets"][row][slots == slot]) for slot in range(1, slots.max() + 1, 2)]
+            assert answers == [question.chosen for question in records["test"][index].questions]
+    assert seen == list(range(len(records["test"])))
 
 
 @pytest.mark.parametrize(

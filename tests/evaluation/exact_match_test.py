@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from phantom_jax.data.pipeline import Asked
 from phantom_jax.data.sources import Question, Record
 from phantom_jax.errors import InputError
 from phantom_jax.evaluation import exact_match
 
 
 def _asked(truth, kind="read", digits=1, record=0, question="?"):
-    return Asked(record, kind, digits, question, truth)
+    return exact_match.Asked(record, kind, digits, question, truth)
 
 
 def _record(number, digits):

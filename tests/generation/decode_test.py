@@ -45,12 +45,11 @@ def test_rows_with_images_see_their_own(model_and_params):
     for row in range(2):
         alone = generate(model, params, {name: value[row : row + 1] for name, value in batch.items()})
         assert together[row].tolist() == alone[0].tolist()
-    swapped = generate(model, params, batch | {"pixels": batch["pixels"][::-1]})
     logits = [
         np.asarray(model.apply({"params": params}, batch | {"pixels": pixels}, rope_length=32))
         for pixels in (batch["pixels"], batch["pixels"][::-1])
     ]
-    assert np.abs(logits[0] - logits[1]).max() > 1e-3 and swapped.shape == together.shape
+    assert np.abs(logits[0] - logits[1]).max() > 1e-3, "the images must matter for the test to mean something"
 
 
 def test_an_end_token_ends_its_row_and_padding_follows(model_and_params):

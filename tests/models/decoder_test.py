@@ -188,6 +188,29 @@ def test_an_index_chooses_among_several_sos_tokens():
         head_cross_attention(x, states, *linears)
 
 
+def test_packed_conversations_may_begin_with_tokens_of_their_own():
+    """Two conversations in a row, each served by its own first token, equal the two in rows of their own."""
+    model, params = small.init(small.CONFIG)
+    first, second = small.random_ids(1, 6, seed=1), small.random_ids(1, 5, seed=2)
+
+    def hidden(token_ids, positions, segments, **sos):
+        structure = Structure(*(jnp.asarray(x, jnp.int32) for x in (positions, segments, np.zeros_like(segments))))
+
+        def run(model, ids):
+            decoder = model.language_model
+            return decoder(decoder.embed(ids), structure, rope_length=32, **sos).hidden
+
+        return np.asarray(model.apply({"params": params}, jnp.asarray(token_ids), method=run))[0]
+
+    row = np.concatenate([first, second], axis=1)
+    positions, segments = np.r_[np.arange(6), np.arange(5)][None], np.r_[np.full(6, 1), np.full(5, 2)][None]
+    packed = hidden(row, positions, segments, sos_positions=jnp.array([[0, 6]]), sos_index=jnp.asarray(segments - 1))
+    alone = [hidden(ids, np.arange(ids.shape[1])[None], np.ones_like(ids)) for ids in (first, second)]
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-5)
+    served_by_one = hidden(row, positions, segments)
+    assert np.abs(served_by_one - packed).max() > 1e-3, "another first token must matter"
+
+
 def test_every_parameter_has_logical_axis_names():
     model = small.VisionLanguageModel(small.CONFIG)
     batch = small.text_batch(small.random_ids(1, 4)) | {
@@ -200,4 +223,4 @@ def test_every_parameter_has_logical_axis_names():
     assert len(leaves) > 40
     for leaf in leaves:
         assert isinstance(leaf, small.meta.AxisMetadata) and len(leaf.names) == leaf.value.ndim
-        assert None not in leaf.names
+        assert None not in leaf.names and len(set(leaf.names)) == len(leaf.names), leaf.names

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from phantom_jax.checkpoints.hf import parameter_shapes
+from phantom_jax.checkpoints.hf_config import publish
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 
@@ -78,10 +79,27 @@ def test_any_decoder_can_take_or_leave_the_phantom_dimension():
     )
 
 
+def test_the_phantom_dimension_is_configured_by_name():
+    config = zoo.get_config("phantom-7b", phantom={"eta": 1, "gate": "equal"}).language_model
+    assert config.phantom == zoo.PhantomConfig(eta=1, gate="equal")
+    assert zoo.get_config("llava-7b", phantom={"eta": 0.5}).language_model.phantom == zoo.PhantomConfig(eta=0.5)
+    assert zoo.get_config("llava-7b", rope={"theta": 1e6}).language_model.rope.max_length == 2048
+
+
+def test_every_phantom_is_published_as_its_own_language_model():
+    families = {"phantom-0.5b": "qwen2", "phantom-1.8b": "internlm2", "phantom-3.8b": "phi3", "phantom-7b": "internlm2"}
+    for name, family in families.items():
+        assert publish(zoo.get_config(name)).language_model == family
+
+
 def test_unknown_names_and_fields_are_refused():
     with pytest.raises(InputError, match="did you mean 'phantom-7b'"):
         zoo.get_config("phantom-7B")
-    with pytest.raises(InputError, match="no decoder field 'num_layer'"):
+    with pytest.raises(InputError, match="no field 'num_layer', did you mean 'num_layers'"):
         zoo.get_config("phantom-7b", num_layer=3)
+    with pytest.raises(InputError, match="no field 'phantom.etta', did you mean 'eta'"):
+        zoo.get_config("phantom-7b", phantom={"etta": 1.0})
+    with pytest.raises(InputError, match="num_layers is '3', it must be of type int"):
+        zoo.get_config("phantom-7b", num_layers="3")
     with pytest.raises(InputError, match="5 query heads are no multiple of 8"):
         zoo.get_config("phantom-7b", num_heads=5)

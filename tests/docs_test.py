@@ -1,7 +1,8 @@
-"""Every message that docs/troubleshooting.md explains is one that the code gives."""
+"""What README.md and docs/ say against the code: messages, verbs, files, phases."""
 
 import ast
 import re
+import runpy
 
 import pytest
 
@@ -53,3 +54,9 @@ def test_commands_and_links_in_the_docs_exist(repository):
             assert (repository / name).is_file() or "NAME" in name, f"{path.name}: {name}"
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             assert (path.parent / link).exists() or link.endswith(".png"), f"{path.name}: {link}"
+
+
+def test_the_guide_explains_every_phase(repository):
+    config = runpy.run_path(str(repository / "configs" / "quickstart.py"))["get_config"]()
+    text = (repository / "docs" / "quickstart.md").read_text()
+    assert re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE) == [phase.name for phase in config.phases]
