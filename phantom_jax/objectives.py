@@ -225,7 +225,7 @@ def phantom_optimization(beta: float = 2.0, gamma: float = 0.5, sft_weight: floa
 def dpo(beta: float = 0.1) -> Objective:
     """Direct preference optimisation against a reference model whose log-probabilities are given.
 
-    The mean over pairs of `-log sigmoid(beta (log p(y+|x) / r(y+|x) - log p(y-|x) / r(y-|x)))`, of whole answers and
+    The mean over pairs of `-log sigmoid(beta (log(p(y+|x) / r(y+|x)) - log(p(y-|x) / r(y-|x))))`, of whole answers and
     not normalised by length.
 
     Args:

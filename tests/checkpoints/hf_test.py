@@ -1,4 +1,6 @@
 import json
+import os
+import pathlib
 import shutil
 
 import jax
@@ -12,7 +14,8 @@ from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from tests.models import small
 
-FOLDERS = ["phantom-0.5b", "phantom-1.8b", "phantom-3.8b", "phantom-7b", "llava-hf", "llava-original"]
+ROOT = pathlib.Path(os.environ.get("PHANTOM_JAX_GOLDEN") or pathlib.Path(__file__).parents[1] / "golden")
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/golden.npz"))
 
 # What the reference code reads of each config.json; nested keys with dots.
 VISION_FIELDS = [
@@ -78,8 +81,8 @@ def lost(old, new, path=""):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_import_then_export_keeps_every_tensor_and_field(golden, folder, tmp_path):
-    source = golden / folder
+def test_import_then_export_keeps_every_tensor_and_field(folder, tmp_path):
+    source = ROOT / folder
     pretrained.save(pretrained.load(source), tmp_path / "out", format=hf.load(source).published.format)
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", source))
     assert set(ours) == set(theirs)
@@ -94,9 +97,9 @@ def test_import_then_export_keeps_every_tensor_and_field(golden, folder, tmp_pat
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_config_is_written_from_the_model_alone(golden, folder):
+def test_the_config_is_written_from_the_model_alone(folder):
     """What the reference reads does not lean on fields kept from the file that was imported."""
-    checkpoint = hf.load(golden / folder)
+    checkpoint = hf.load(ROOT / folder)
     bare = hf_config.Published(checkpoint.published.format, checkpoint.published.language_model)
     written, beside = hf_config.write(checkpoint.config, bare, checkpoint.tokens, "float32")
     original = checkpoint.published.config
@@ -220,6 +223,30 @@ def test_a_shard_index_cannot_point_outside(golden, tmp_path):
             pretrained.load(tmp_path)
 
 
+def test_a_model_that_lacks_a_parameter_is_not_written(golden, tmp_path):
+    handle = pretrained.load(golden / "phantom-0.5b")
+    del handle.params["projector"]["norm"]["bias"]
+    with pytest.raises(InputError, match="lacks parameters, nothing was written: params/projector/norm/bias"):
+        pretrained.save(handle, tmp_path / "out", format="phantom")
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_files_may_hold_tables_of_angles(golden, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "llava-original", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+    save_file(tensors, source / "model.safetensors")
+    assert pretrained.load(source).checkpoint.published.format == "llava-original"
+
+
+def test_what_transformers_leaves_out_is_its_default(golden):
+    config = json.loads((golden / "llava-hf" / "config.json").read_text())
+    config["text_config"] = {"model_type": "llama", "max_position_embeddings": 4096, "vocab_size": 32064}
+    decoder = hf_config.read(config)[0].language_model
+    assert (decoder.embed_dim, decoder.mlp_dim, decoder.num_layers, decoder.head_dim) == (4096, 11008, 32, 128)
+
+
 def test_nothing_is_overwritten(golden, tmp_path):
     handle = pretrained.load(golden / "phantom-0.5b")
     (tmp_path / "mine.txt").write_text("mine")
@@ -238,6 +265,10 @@ def test_nothing_is_overwritten(golden, tmp_path):
         ({"llm_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'"),
         ({"llm_config": {"vocab_size": None}}, "has no 'vocab_size'"),
         ({"image_token_index": None}, "has no 'image_token_index'"),
+        ({"llm_config": {"num_key_value_heads": 3}}, "4 query heads are no multiple of 3"),
+        ({"llm_config": {"hidden_size": "x"}}, "does not describe a phantom model that is supported"),
+        ({"vision_config": {"norm_type": "group_norm"}}, "vision norm 'group_norm' does not exist"),
+        ({"eos_token_id": None, "llm_config": {"eos_token_id": None}}, "has no 'eos_token_id'"),
     ],
 )
 def test_configs_that_mean_another_function_are_refused(golden, change, message):

@@ -14,7 +14,7 @@ from tests.models import small
 
 
 def logits_of(model, params, batch, rope_length=32):
-    return np.asarray(model.apply({"params": params}, batch, rope_length=rope_length))
+    return np.asarray(small.logits(model, params, batch, rope_length))
 
 
 @pytest.fixture(scope="module", params=["plain", "phantom"])

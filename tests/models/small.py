@@ -1,6 +1,7 @@
 """Small models and batches for the tests of this folder and of generation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,12 @@ def random_ids(rows, length, seed=0, vocab=61):
     return np.random.default_rng(seed).integers(3, vocab, (rows, length))
 
 
+@functools.partial(jax.jit, static_argnames=("model", "rope_length"))
+def logits(model, params, batch, rope_length=32):
+    """Of every token; compiled once for each shape."""
+    return model.apply({"params": params}, batch, rope_length=rope_length)
+
+
 def init(config: VisionLanguageConfig, seed=0, **attributes):
     """A module and its unboxed parameters, phantom linears made large."""
     model = VisionLanguageModel(config, **attributes)
@@ -62,7 +69,8 @@ def init(config: VisionLanguageConfig, seed=0, **attributes):
         "image_slots": jnp.full((1, 4), -1, jnp.int32),
         "targets": jnp.zeros((1, 4), jnp.int32),
     }
-    params = meta.unbox(model.init(jax.random.key(seed), batch, rope_length=8, method="score")["params"])
+    initialise = jax.jit(lambda key: model.init(key, batch, rope_length=8, method="score")["params"])
+    params = meta.unbox(initialise(jax.random.key(seed)))
 
     def enlarge(path, leaf):
         return leaf * 20 if any(getattr(key, "key", None) == "phantom" for key in path) else leaf
