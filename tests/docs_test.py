@@ -52,8 +52,9 @@ def test_commands_and_links_in_the_docs_exist(repository):
             assert verb in _VERBS, f"{path.name}: {verb}"
         for name in re.findall(r"(?:configs|launch|docs|phantom_jax)/[\w/]+\.(?:py|sh|md)", text):
             assert (repository / name).is_file() or "NAME" in name, f"{path.name}: {name}"
+        assert "FILL_ME" not in text, f"{path.name} lacks a measured figure"
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
-            assert (path.parent / link).exists() or link.endswith(".png"), f"{path.name}: {link}"
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
 def test_the_guide_explains_every_phase(repository):
