@@ -69,10 +69,6 @@ class Processor:
                 )
 
     @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
-
-    @property
     def image_token_id(self) -> int:
         return self.tokenizer.token_to_id(self.template.image_token)
 

@@ -9,10 +9,11 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from phantom_jax import cli, objectives
 from phantom_jax import config as configs
-from phantom_jax import objectives
+from phantom_jax.checkpoints import hf_config
 from phantom_jax.errors import InputError
-from phantom_jax.training import optimizer
+from phantom_jax.ops import attention
 
 
 def a_config():
@@ -203,7 +204,8 @@ def test_the_tables_say_what_the_functions_take():
     for name, function in objectives.OBJECTIVES.items():
         parameters = inspect.signature(function).parameters
         assert {key: parameter.default for key, parameter in parameters.items()} == configs.OBJECTIVES[name]
-    assert configs.SCHEDULES == optimizer.SCHEDULES
+    assert configs.ATTENTION_BACKENDS == attention.BACKENDS
+    assert ("ours", *hf_config.FORMATS) == cli.FORMATS
 
 
 @pytest.mark.parametrize("arg", [None, "smoke", "smoke=True", "objective=sft", "objective=sft,smoke=True"])

@@ -31,8 +31,6 @@ PHRASINGS = {
 }
 """The kinds of questions, and how each is put."""
 
-KINDS = tuple(PHRASINGS)
-
 
 def split_rows(digits: Sequence[int], rows: int) -> list[Sequence[int]]:
     """The digits of each row: all rows but the last are full."""

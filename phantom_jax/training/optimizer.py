@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from phantom_jax.axes import LAYERS
+from phantom_jax.config import SCHEDULES
 from phantom_jax.errors import InputError
 from phantom_jax.training.state import Params, match
 from phantom_jax.trees import flatten, unflatten
-
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 class Optimizer(NamedTuple):

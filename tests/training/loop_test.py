@@ -301,6 +301,14 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(whole):
     assert {path: path.read_bytes() for path in sorted(whole["workdir"].glob("*.json*"))} == before
 
 
+def test_what_decides_nothing_may_change_when_a_run_goes_on(tmp_path):
+    run(tmp_path, toy_config())
+    config = toy_config()
+    config.log_every, config.checkpoint.keep, config.data.data_dir = 7, 9, "moved"
+    _, lines = run(tmp_path, config)
+    assert any("going on after step" in line for line in lines)
+
+
 def test_folders_that_are_no_workdir_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
