@@ -103,7 +103,7 @@ def _builder(name: str, data_dir: str | os.PathLike):
 def _prepared(name: str, data_dir: str | os.PathLike):
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
-        raise InputError(f"{name} is not prepared in {data_dir}. Prepare it, or set data.data_dir to where it is.")
+        raise InputError(f"{name} is not prepared in {data_dir}. Prepare it first, or set data.data_dir to where it is.")
     return builder
 
 
@@ -145,11 +145,7 @@ def open_records(name: str, split: str, data_dir: str | os.PathLike) -> Records:
     """
     import tensorflow_datasets as tfds
 
-    builder = _builder(name, data_dir)
-    if not builder.is_prepared():
-        raise InputError(
-            f"{name} is not prepared in {data_dir}. Prepare it first, or set data.data_dir to where it is."
-        )
+    builder = _prepared(name, data_dir)
     if split not in builder.info.splits:
         raise InputError(f"{name} has no split {split!r}. Set split to one of: {', '.join(builder.info.splits)}.")
     decoders = {"image": tfds.decode.SkipDecoding()}
