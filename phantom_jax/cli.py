@@ -157,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, Diverged, Preempted) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        print(f"error: {error.filename}: {error.strerror}. Give another path.", file=sys.stderr)
+        return InputError.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

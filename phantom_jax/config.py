@@ -212,11 +212,25 @@ def resolve(config: Any) -> dict[str, Any]:
     Raises:
       InputError: listing everything that is wrong.
     """
+    config = plain(config)
+    for phase in config["phases"] if isinstance(config.get("phases"), list) else ():
+        if isinstance(phase, Mapping) and isinstance(phase.get("objective"), Mapping):
+            phase["objective"] = _settled(phase["objective"])
     problems = validate(config)
     if problems:
         count = "1 thing is" if len(problems) == 1 else f"{len(problems)} things are"
         raise InputError(f"{count} wrong with the config:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return plain(config)
+    return config
+
+
+def _settled(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """An objective whose name a flag changed: what the old one left at its defaults gives way to the new one's."""
+    own = OBJECTIVES.get(objective.get("name"))
+    if own is None or set(objective) - {"name"} == set(own):
+        return dict(objective)
+    others = OBJECTIVES.values()
+    chosen = {k: v for k, v in objective.items() if not any(k in other and other[k] == v for other in others)}
+    return {**own, **chosen}
 
 
 def validate(config: Any) -> list[str]:

@@ -66,6 +66,8 @@ class VisionLanguage:
             raise InputError("images is one image: give a list of them, images=[path] for instance")
         if isinstance(prompt, str):
             return self.generate([prompt], images=[images], max_new_tokens=max_new_tokens)[0]
+        if not isinstance(prompt, list | tuple):
+            raise InputError(f"prompt is {type(prompt).__name__}: give a question, or a list of questions")
         if not prompt:
             return []
         processor = self._processor()
@@ -120,6 +122,11 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> VisionLanguage:
         raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
     if (directory / native.CONFIG).is_file():
         checkpoint = native.load(directory)
+    elif (directory / "config.json").is_file() and "phases" in hf.read_json(directory / "config.json"):
+        raise InputError(
+            f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, which "
+            f"appears when all phases are done, or one of {directory / 'models'}"
+        )
     elif (directory / "config.json").is_file():
         checkpoint = hf.load(directory)
         checkpoint.params = jax.tree.map(jax.device_put, checkpoint.params)

@@ -224,3 +224,16 @@ def test_importing_config_loads_nothing_heavy(repository):
     code = "import sys, phantom_jax.config; print([m for m in ('jax', 'flax', 'ml_collections') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
     assert output.stdout.strip() == "[]"
+
+
+def test_another_objective_brings_its_own_arguments():
+    config = configs.default_config()
+    config.model.name, config.data.data_dir = "phantom-quickstart", "data"
+    config.phases = (configs.default_phase("a", steps=1, objective={"name": "phantom_optimization", "gamma": 0.7}),)
+    config.phases[0].objective.name = "simpo"
+    assert configs.resolve(config)["phases"][0]["objective"] == {"name": "simpo", "beta": 2.0, "gamma": 0.7}
+    config.phases[0].objective.name = "orpo"
+    with pytest.raises(InputError, match="gamma"):
+        configs.resolve(config)
+    config.phases[0].objective.gamma = 0.5
+    assert configs.resolve(config)["phases"][0]["objective"] == {"name": "orpo", "beta": 0.1}

@@ -99,7 +99,9 @@ class _Tensors:
         self._files: dict[str, Any] = {}
         self._where: dict[str, pathlib.Path] = {}
         if (directory / _INDEX).is_file():
-            index = read_json(directory / _INDEX).get("weight_map", {})
+            index = read_json(directory / _INDEX).get("weight_map")
+            if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+                raise InputError(f"{directory / _INDEX} has no 'weight_map' of tensor names to file names")
             files = {self._inside(directory, name) for name in index.values()}
         elif (directory / _WEIGHTS).is_file():
             index, files = None, {directory / _WEIGHTS}
@@ -134,6 +136,9 @@ class _Tensors:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[str(self._where[name])].get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        return self._files[str(self._where[name])].get_slice(name).get_dtype()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[str(self._where[name])].get_slice(name).get_shape())
@@ -186,6 +191,11 @@ def _check(rows, ours, tensors, directory) -> None:
             if tensors.shape(name) != expected[name]
         ],
     }
+    problems["not floating point"] = [
+        f"{name} is {tensors.dtype(name)}"
+        for name in sorted(present & set(expected))
+        if tensors.dtype(name) not in ("F16", "BF16", "F32", "F64")
+    ]
     lines = [f"{len(found)} {what}:\n    " + "\n    ".join(found) for what, found in problems.items() if found]
     if lines:
         raise InputError(

@@ -5,8 +5,9 @@ A checkpoint is a folder named by its global step with three items: `state` (arr
 or absent: Orbax writes to a temporary folder and renames it. Leftovers of a killed run go when the next one saves.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,8 +59,9 @@ def save(manager: ocp.CheckpointManager, step: int, *, state: Any, data: Any, me
 def restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Any, dict[str, Any]]:
     """The items `data` and `meta` of a checkpoint: enough to know which state to ask for."""
     items = ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=items)
-    return restored["data"]["iterator"], restored["meta"]
+    with _readable(manager, step):
+        restored = manager.restore(step, args=items)
+        return restored["data"]["iterator"], restored["meta"]
 
 
 def restore_state(manager: ocp.CheckpointManager, step: int, abstract_state: State) -> State:
@@ -74,9 +76,27 @@ def restore_state(manager: ocp.CheckpointManager, step: int, abstract_state: Sta
       InputError: if arrays are missing, left over or of another shape or type; lists them.
     """
     wanted = flax.serialization.to_state_dict(abstract_state)
-    _check(wanted, manager.item_metadata(step)["state"], manager.directory / str(step))
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-    return flax.serialization.from_state_dict(abstract_state, manager.restore(step, args=items)["state"])
+    with _readable(manager, step):
+        _check(wanted, manager.item_metadata(step)["state"], manager.directory / str(step))
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        return flax.serialization.from_state_dict(abstract_state, manager.restore(step, args=items)["state"])
+
+
+@contextlib.contextmanager
+def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise about damaged files into one clear error."""
+    try:
+        yield
+    except InputError:
+        raise
+    # Orbax raises bare `Exception` where an array cannot be read.
+    except Exception as error:
+        folder = manager.directory / str(step)
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"Checkpoint {folder} cannot be read, it is damaged or not complete ({said[0][:200]}). Delete that"
+            " folder to go on from the one before it."
+        ) from error
 
 
 def _check(wanted: Any, found: Any, where: Any) -> None:

@@ -27,6 +27,9 @@ _SCHEMA = 1
 
 
 def _model_config(content: Mapping[str, Any]) -> VisionLanguageConfig:
+    extra = sorted(set(content) - {"vision_tower", "projector", "language_model"})
+    if extra:
+        raise ValueError(f"unknown parts {', '.join(extra)}")
     decoder = dict(content["language_model"])
     rope = {name: tuple(v) if isinstance(v, list) else v for name, v in decoder.pop("rope").items()}
     phantom = decoder.pop("phantom")
@@ -75,13 +78,27 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
         raise InputError(f"{directory / CONFIG} does not describe a model: {error}. Save the model again") from error
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
+    try:
+        trees = _restore(directory, config)
+    except InputError:
+        raise
+    # Orbax raises bare `Exception` where an array cannot be read.
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{directory / _ARRAYS} cannot be read, it is damaged or not complete ({said[0][:200]}): "
+            "save the model again"
+        ) from error
+    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
+
+
+def _restore(directory: pathlib.Path, config: VisionLanguageConfig) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
         stored = flatten(checkpointer.metadata(directory / _ARRAYS).item_metadata.tree)
         _check({path: tuple(leaf.shape) for path, leaf in stored.items()}, shapes(config), directory)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in stored.items()}
-        trees = checkpointer.restore(directory / _ARRAYS, unflatten(wanted))
-    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
+        return checkpointer.restore(directory / _ARRAYS, unflatten(wanted))
 
 
 def _check(stored, expected, directory) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,7 @@ def _to_record(fields: dict[str, Any]) -> Record:
 
 def _builder(name: str, data_dir: str | os.PathLike):
     if name not in SOURCES:
-        raise InputError(f"There is no data set {name!r}. Set data.name to one of: {', '.join(SOURCES)}.")
+        raise InputError(f"There is no data set {name!r}. The data sets are: {', '.join(SOURCES)}.")
     module, builder, config = SOURCES[name].split(":")
     builder_class = getattr(importlib.import_module(module), builder)
     return builder_class(config=config, data_dir=os.fspath(data_dir), file_format="array_record")
@@ -103,7 +104,10 @@ def _builder(name: str, data_dir: str | os.PathLike):
 def _prepared(name: str, data_dir: str | os.PathLike):
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
-        raise InputError(f"{name} is not prepared in {data_dir}. Prepare it first, or set data.data_dir to where it is.")
+        raise InputError(
+            f"{name} is not prepared in {str(data_dir)!r}. Prepare it there (phantom-jax prepare --source={name}"
+            " --target=FOLDER), or give the folder that it was prepared in as data_dir."
+        )
     return builder
 
 
@@ -114,9 +118,14 @@ def prepare(name: str, data_dir: str | os.PathLike) -> str:
       The folder that they are in. An interrupted preparation leaves nothing that counts as prepared.
     """
     builder = _builder(name, data_dir)
+    if pathlib.Path(data_dir).exists() and not pathlib.Path(data_dir).is_dir():
+        raise InputError(f"{data_dir} is a file; give a folder for the records.")
     builder.download_and_prepare()
     folder = pathlib.Path(os.fspath(builder.data_path))
-    if not (folder / TOKENIZER).exists():
+    try:
+        load_tokenizer(folder / TOKENIZER)
+    except InputError:
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         template = TEMPLATES["qwen2"]
         tokenizer = train_tokenizer(_texts(open_records(name, "train", data_dir), template))
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -7,6 +7,7 @@ a thumbnail of the whole when there is more than one tile (Phantom's and InternV
 import functools
 import io
 import os
+import warnings
 from typing import BinaryIO
 
 import numpy as np
@@ -69,6 +70,8 @@ def _stream(source: bytes | str | os.PathLike, name: str | None) -> tuple[Binary
         if not source:
             raise InputError(f"{name} is empty (0 bytes). Give it again, or leave it out.")
         return io.BytesIO(source), name
+    if not isinstance(source, str | os.PathLike):
+        raise InputError(f"An image is {type(source).__name__}; give its encoded bytes, a path, or a PIL image.")
     name = name or os.fspath(source)
     try:
         return open(source, "rb"), name
@@ -78,9 +81,14 @@ def _stream(source: bytes | str | os.PathLike, name: str | None) -> tuple[Binary
 
 def _header(stream: BinaryIO, name: str) -> Image.Image:
     try:
-        image = Image.open(stream, formats=FORMATS)
+        with warnings.catch_warnings():
+            # The library warns where our own limit refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(stream, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{name} is too large to decode: {error} Scale it down first.") from error
+        raise InputError(
+            f"{name} has too many pixels; at most {MAX_PIXELS} are decoded. Scale it down first."
+        ) from error
     except Exception as error:
         stream.seek(0)
         raise InputError(

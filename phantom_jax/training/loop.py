@@ -6,6 +6,7 @@ after each phase but the last) and `model/` (after the last).
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import signal
 import threading
@@ -83,6 +84,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
         iterators = {index: task.train_iterator(index) for index in range(len(phases))}
         claim_workdir(workdir, config)
     with (
+        _sole_owner(workdir),
         contextlib.closing(
             checkpoints.open_manager(workdir / "checkpoints", keep=config["checkpoint"]["keep"])
         ) as manager,
@@ -327,6 +329,20 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     temporary.replace(workdir / "config.json")
+
+
+@contextlib.contextmanager
+def _sole_owner(workdir: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out of a workdir; a killed process keeps nobody out."""
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"Workdir {workdir} is in use: another process trains in it. Wait for it, stop it, or set --workdir to"
+                " a new folder."
+            ) from error
+        yield
 
 
 def _export(task: Task, params: Params, target: Path, say: Say) -> None:

@@ -195,6 +195,28 @@ def test_all_wrong_arrays_of_our_format_are_listed(golden, tmp_path):
         assert line in str(error.value)
 
 
+def test_a_damaged_folder_of_ours_is_refused(golden, tmp_path):
+    pretrained.save(pretrained.load(golden / "phantom-0.5b"), tmp_path / "ours")
+    largest = max((tmp_path / "ours" / "params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be read, it is damaged or not complete"):
+        pretrained.load(tmp_path / "ours")
+    shutil.rmtree(tmp_path / "ours" / "params")
+    (tmp_path / "ours" / "params").mkdir()
+    with pytest.raises(InputError, match="cannot be read, it is damaged or not complete"):
+        pretrained.load(tmp_path / "ours")
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(golden, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "phantom-0.5b", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["vision_proj.0.bias"] = tensors["vision_proj.0.bias"].astype(np.int32)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InputError, match="1 not floating point:\n    vision_proj.0.bias is I32"):
+        pretrained.load(source)
+
+
 def test_folders_that_are_no_model_are_refused(golden, tmp_path):
     with pytest.raises(InputError, match="no model folder '.*nowhere'"):
         pretrained.load(tmp_path / "nowhere")
@@ -202,6 +224,9 @@ def test_folders_that_are_no_model_are_refused(golden, tmp_path):
         pretrained.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
+        pretrained.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"phases": []}')
+    with pytest.raises(InputError, match="is the workdir of a training run"):
         pretrained.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match="model_type='bert'"):

@@ -1,5 +1,6 @@
 """Data sets by name: reading, and names that do not exist."""
 
+import pathlib
 import sys
 
 import pytest
@@ -31,7 +32,7 @@ def test_unprepared_data_is_named(tmp_path):
         lambda: sources.open_records(NAME, "train", tmp_path),
         lambda: sources.open_tokenizer(NAME, tmp_path),
     ):
-        with pytest.raises(InputError, match=f"{NAME} is not prepared in {tmp_path}"):
+        with pytest.raises(InputError, match=f"{NAME} is not prepared in '{tmp_path}'. Prepare it there"):
             open_it()
 
 
@@ -48,3 +49,11 @@ def test_missing_scans_say_what_to_install(tmp_path, monkeypatch):
         sources.prepare(NAME, tmp_path)
     with pytest.raises(InputError, match="is not prepared"):
         sources.open_records(NAME, "train", tmp_path)
+
+
+def test_a_damaged_tokenizer_is_made_anew(tmp_path):
+    folder = pathlib.Path(sources.prepare(NAME, tmp_path))
+    before = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{")
+    sources.prepare(NAME, tmp_path)
+    assert (folder / "tokenizer" / "tokenizer.json").read_bytes() == before

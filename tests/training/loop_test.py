@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,6 +300,20 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(whole):
     with pytest.raises(InputError, match=r"phases\[0\]\.optimizer\.learning_rate: 0\.01 -> 0\.5"):
         run(whole["workdir"], config)
     assert {path: path.read_bytes() for path in sorted(whole["workdir"].glob("*.json*"))} == before
+
+
+def test_a_workdir_has_one_process(tmp_path):
+    with loop._sole_owner(tmp_path), pytest.raises(InputError, match="is in use: another process"):
+        run(tmp_path, toy_config())
+    run(tmp_path, toy_config())
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run(tmp_path, toy_config())
+    latest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(latest / "state" / "d")
+    with pytest.raises(InputError, match=f"Checkpoint .*{latest.name} cannot be read, it is damaged"):
+        run(tmp_path, toy_config())
 
 
 def test_what_decides_nothing_may_change_when_a_run_goes_on(tmp_path):
