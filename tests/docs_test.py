@@ -6,6 +6,8 @@ import runpy
 
 import pytest
 
+from phantom_jax import config as configs
+
 
 def _template(node):
     """A string of the source, with … where a value is put in; None for anything else."""
@@ -61,3 +63,13 @@ def test_the_guide_explains_every_phase(repository):
     config = runpy.run_path(str(repository / "configs" / "quickstart.py"))["get_config"]()
     text = (repository / "docs" / "quickstart.md").read_text()
     assert re.findall(r"^\| `(\w+)`", text, flags=re.MULTILINE) == [phase.name for phase in config.phases]
+
+
+def test_the_page_on_configs_is_right_and_names_every_key(repository, tmp_path):
+    text = (repository / "docs" / "training.md").read_text()
+    (tmp_path / "own.py").write_text(re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1])
+    resolved = configs.resolve(runpy.run_path(str(tmp_path / "own.py"))["get_config"]())
+    assert [phase["name"] for phase in resolved["phases"]] == ["pretrain", "step_1"]
+    for section in (configs.DEFAULTS, configs.PHASE, configs.OPTIMIZER, configs.GROUP, configs.PHASE["data"]):
+        for key in section:
+            assert re.search(rf"\b{key}\b", text), key
