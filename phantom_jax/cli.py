@@ -203,6 +203,12 @@ def _verb_usage(name: str) -> str:
 
 def _parse(name: str, rest: list[str]) -> flags.FlagValues:
     verb = _VERBS[name]
+    for argument in rest:
+        config = re.match(r"--?config=([^:]*)", argument)
+        if config and not config[1].endswith(".py"):
+            raise InputError(
+                f"--config is {config[1]!r}, which is no Python file. Set it to one: configs/quickstart.py, say."
+            )
     values = flags.FlagValues()
     command = [f"{PROGRAM} {name}", *rest]
     verb.define(values, command)
