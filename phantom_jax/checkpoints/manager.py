@@ -87,15 +87,16 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
     """Turns what Orbax and TensorStore raise about damaged files into one clear error."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+        # Too little memory says nothing about the files.
         raise
     # Orbax raises bare `Exception` where an array cannot be read.
     except Exception as error:
         folder = manager.directory / str(step)
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"Checkpoint {folder} cannot be read, it is damaged or not complete ({said[0][:200]}). Delete that"
-            " folder to go on from the one before it."
+            f"Checkpoint {folder} cannot be read, it may be damaged ({said[0][:200]}). If so, delete that folder to go on"
+            " from the one before it."
         ) from error
 
 

@@ -80,14 +80,14 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
     try:
         trees = _restore(directory, config)
-    except InputError:
+    except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+        # Too little memory says nothing about the files.
         raise
     # Orbax raises bare `Exception` where an array cannot be read.
     except Exception as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{directory / _ARRAYS} cannot be read, it is damaged or not complete ({said[0][:200]}): "
-            "save the model again"
+            f"{directory / _ARRAYS} cannot be read, it may be damaged ({said[0][:200]}): if so, save the model again"
         ) from error
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
 
