@@ -95,8 +95,8 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
         folder = manager.directory / str(step)
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"Checkpoint {folder} cannot be read, it may be damaged ({said[0][:200]}). If so, delete that folder to go on"
-            " from the one before it."
+            f"Checkpoint {folder} cannot be read, it may be damaged ({said[0][:200]}). If so, delete that folder to"
+            " go on from the one before it."
         ) from error
 
 
