@@ -1,10 +1,11 @@
-"""A small byte-level BPE tokenizer, trained on a data set's text and kept in Hugging Face format."""
+"""A small byte-level BPE tokenizer, trained on a data set's text and kept in Hugging Face format; tokens as bytes."""
 
+import functools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -75,3 +76,77 @@ def load_tokenizer(directory: str | os.PathLike) -> tokenizers.Tokenizer:
     # The library raises bare `Exception`.
     except Exception as error:
         raise InputError(f"{path} is not a tokenizer: {error}. Save the model again.") from error
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> tuple[bytes, ...]:
+    """The bytes that each token adds to a text, by token id.
+
+    Joined, they are the UTF-8 of what `tokenizer.decode` gives, but for the one leading space that decoders of the
+    SentencePiece kind take off. Special tokens and ids that the vocabulary leaves out add nothing. An added token of a
+    byte-level tokenizer adds its content, also where that is not spelled in the alphabet of bytes.
+
+    Raises:
+      InputError: the tokenizer's decoder is neither byte-level nor of the SentencePiece kind.
+    """
+    to_bytes = _decoder(json.loads(tokenizer.to_str())["decoder"])
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    added = tokenizer.get_added_tokens_decoder()
+    table = [b""] * (1 + max([*vocab.values(), *added], default=-1))
+    for token, token_id in vocab.items():
+        table[token_id] = to_bytes(token)
+    added_to_bytes = str.encode if to_bytes is _from_byte_alphabet else to_bytes
+    for token_id, token in added.items():
+        table[token_id] = b"" if token.special else added_to_bytes(token.content)
+    return tuple(table)
+
+
+def _decoder(config: dict | None) -> Callable[[str], bytes]:
+    """How a token becomes bytes, from the decoder's JSON."""
+    steps = [] if config is None else config["decoders"] if config["type"] == "Sequence" else [config]
+    names = " ".join(step["type"] for step in steps)
+    if names == "ByteLevel":
+        return _from_byte_alphabet
+    if names == "Metaspace":
+        return functools.partial(_from_pieces, replacements=((steps[0]["replacement"], " "),), byte_fallback=False)
+    # A Strip of spaces after Fuse acts on the ends of the whole text; before it, on every token.
+    replaced = [step for step in steps if step["type"] == "Replace"]
+    stripped = [step for step in steps if step["type"] == "Strip"]
+    if (
+        re.fullmatch("(Replace )+(ByteFallback )?Fuse( Strip)*", names)
+        and all("String" in step["pattern"] for step in replaced)
+        and all(step["content"].isspace() for step in stripped)
+    ):
+        replacements = tuple((step["pattern"]["String"], step["content"]) for step in replaced)
+        return functools.partial(_from_pieces, replacements=replacements, byte_fallback="ByteFallback" in names)
+    raise InputError(
+        f"The tokenizer's decoder is {json.dumps(config, ensure_ascii=False)}. Supported are ByteLevel, Metaspace and "
+        "a Sequence of Replace (of a fixed string), ByteFallback, Fuse and Strip (of spaces), in that order: use "
+        "such a tokenizer."
+    )
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte, read backwards: printable Latin-1 stands for itself, the others follow
+    from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _from_byte_alphabet(token: str) -> bytes:
+    alphabet = _byte_alphabet()
+    try:
+        return bytes([alphabet[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def _from_pieces(token: str, *, replacements: tuple[tuple[str, str], ...], byte_fallback: bool) -> bytes:
+    for old, new in replacements:
+        token = token.replace(old, new)
+    byte = _BYTE_TOKEN.fullmatch(token) if byte_fallback else None
+    return bytes.fromhex(byte[1]) if byte else token.encode()
