@@ -11,9 +11,10 @@ from safetensors.numpy import load_file
 
 from phantom_jax.batch import IGNORE
 from phantom_jax.checkpoints import hf
-from phantom_jax.generation.decode import greedy
+from phantom_jax.generation.settings import Settings
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.trees import flatten
+from tests.generation.run import run, unrolled
 
 ROOT = pathlib.Path(os.environ.get("PHANTOM_JAX_GOLDEN") or pathlib.Path(__file__).parent / "golden")
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/golden.npz"))
@@ -28,8 +29,6 @@ class Golden:
         self.numbers = dict(np.load(folder / "golden.npz"))
         self.checkpoint = hf.load(folder)
         self.model = VisionLanguageModel(self.checkpoint.config, keep_layer_inputs=True)
-        # The same module without the extra output serves as the static argument of `greedy`.
-        self.plain_model = VisionLanguageModel(self.checkpoint.config)
         self.params = jax.tree.map(jnp.asarray, self.checkpoint.params)
         self.image_token = self.checkpoint.tokens.image
 
@@ -63,6 +62,20 @@ class Golden:
 
     def apply(self, batch, kind, method):
         return self.model.apply({"params": self.params}, batch, rope_length=self.rope_length(kind), method=method)
+
+    def compare_answers(self, kind, expected, settings):
+        """Answers token for token, up to their end; what follows an end in the reference is padding."""
+        tokens, lengths = run(
+            *unrolled(self.model, self.params),
+            self.batch(kind),
+            settings,
+            eos=self.checkpoint.tokens.eos,
+            rope_length=self.rope_length(kind, settings.max_new_tokens),
+        )
+        for mine, length, theirs in zip(tokens[:, 0], lengths[:, 0], expected.tolist(), strict=True):
+            ends = [i + 1 for i, token in enumerate(theirs) if token in self.checkpoint.tokens.eos]
+            stop = ends[0] if ends else len(theirs)
+            assert mine[:length].tolist() == theirs[:stop]
 
     def train_batch(self) -> dict[str, jax.Array]:
         labels = self.numbers["train_labels"]
@@ -118,20 +131,11 @@ def test_image_logits(golden):
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_greedy_generation(golden, kind):
     expected = golden.numbers[f"{kind}_generate"]
-    eos, new_tokens = golden.checkpoint.tokens.eos, 16
-    ours = greedy(
-        golden.plain_model,
-        golden.params,
-        golden.batch(kind),
-        max_new_tokens=new_tokens,
-        eos_ids=eos,
-        pad_id=golden.checkpoint.tokens.pad,
-        rope_length=golden.rope_length(kind, new_tokens),
-    )
-    for mine, theirs in zip(np.asarray(ours).tolist(), expected.tolist(), strict=True):
-        ends = [i for i, token in enumerate(theirs) if token in eos]
-        stop = ends[0] + 1 if ends else len(theirs)
-        assert mine[:stop] == theirs[:stop]
+    golden.compare_answers(kind, expected, Settings(max_new_tokens=16))
+
+
+def test_beam_search(golden):
+    golden.compare_answers("text", golden.numbers["text_beam5"], Settings(max_new_tokens=10, num_beams=5))
 
 
 def test_train_loss_and_sequence_log_probabilities(golden):

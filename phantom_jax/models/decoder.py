@@ -2,17 +2,21 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from phantom_jax import axes
+from phantom_jax.models.cache import Cache, LayerCache
 from phantom_jax.models.layers import Dense, RMSNorm
-from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, SosStates, gather_sos
+from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_sos
 from phantom_jax.ops import rope as rotary
 from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.trees import flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,30 +48,6 @@ class DecoderConfig:
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} key-value heads")
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["key", "value", "structure", "length", "sos"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far, phantom halves included, so that no old token is ever computed again.
-
-    Attributes:
-      key: [layers, B, S, K, H or 2H].
-      value: [layers, B, S, K, H or 2H].
-      structure: [B, S]; segment 0 where nothing was written.
-      length: int32 scalar, slots written; all rows write at the same slot, which is why prompts are left padded.
-      sos: states of the sos tokens [layers, B, 1, heads, H]; None before the prompt and without a phantom dimension.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    structure: Structure
-    length: jax.Array
-    sos: SosStates | None = None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["hidden", "cache", "layer_inputs"], meta_fields=[])
@@ -116,7 +96,7 @@ class Attention(nn.Module):
     backend: str
 
     @nn.compact
-    def __call__(self, x_BLD, key_cache, value_cache, layer, sos, context: _Context):
+    def __call__(self, x_BLD: jax.Array, cache: LayerCache | None, context: _Context):
         config = self.config
 
         def project(name, heads, axis):
@@ -136,15 +116,15 @@ class Attention(nn.Module):
         dimension = None
         if config.phantom is not None:
             dimension = PhantomDimension(config.phantom, config.head_dim, self.dtype, name="phantom")
-            if sos is None:
-                sos = gather_sos(query, key, value, context.sos_positions)
-            query, key, value = dimension.expand(query, key, value, sos, context.sos_index)
-        if key_cache is not None:
-            index = (layer, 0, context.start, 0, 0)
-            key_cache = jax.lax.dynamic_update_slice(key_cache, key[None].astype(key_cache.dtype), index)
-            value_cache = jax.lax.dynamic_update_slice(value_cache, value[None].astype(value_cache.dtype), index)
-            key = jax.lax.dynamic_index_in_dim(key_cache, layer, 0, keepdims=False).astype(self.dtype)
-            value = jax.lax.dynamic_index_in_dim(value_cache, layer, 0, keepdims=False).astype(self.dtype)
+            states = None if cache is None else cache.phantom
+            if states is None:
+                states = dimension.fold(gather_sos(query, key, value, context.sos_positions))
+            query, key, value = dimension.expand(query, key, value, states, context.sos_index)
+            if cache is not None:
+                cache = dataclasses.replace(cache, phantom=states)
+        if cache is not None:
+            cache = cache.write(key, value, context.start)
+            key, value = cache.read(self.dtype)
         out = attention(
             query,
             key,
@@ -167,11 +147,11 @@ class Attention(nn.Module):
             (2 * config.num_layers) ** -0.5,
             name="out",
         )(out.astype(self.dtype))
-        return out, key_cache, value_cache, sos
+        return out, cache
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm layer: attention, then a SiLU-gated MLP. Scanned over the stacked layers."""
+    """Pre-norm layer: attention, then a SiLU-gated MLP."""
 
     config: DecoderConfig
     dtype: Any
@@ -179,14 +159,11 @@ class DecoderLayer(nn.Module):
     keep_input: bool
 
     @nn.compact
-    def __call__(self, carry, scanned, context: _Context):
+    def __call__(self, x_BLD: jax.Array, cache: LayerCache | None, context: _Context):
         config = self.config
-        x_BLD, key_cache, value_cache = carry
-        layer, sos = scanned
         kept = x_BLD if self.keep_input else None
         attend = Attention(config, self.dtype, self.backend, name="attention")
-        y = RMSNorm(config.norm_epsilon, name="norm_1")(x_BLD)
-        y, key_cache, value_cache, sos = attend(y, key_cache, value_cache, layer, sos, context)
+        y, cache = attend(RMSNorm(config.norm_epsilon, name="norm_1")(x_BLD), cache, context)
         x_BLD = x_BLD + y
 
         def dense(name, size_in, size_out, axis_in, axis_out, gain=1.0):
@@ -198,7 +175,7 @@ class DecoderLayer(nn.Module):
         gain = (2 * config.num_layers) ** -0.5
         down = dense("down", config.mlp_dim, config.embed_dim, axes.MLP, axes.EMBED, gain)
         x_BLD = _constrain(x_BLD + down(jax.nn.silu(gate) * up))
-        return (x_BLD, key_cache, value_cache), (sos if key_cache is not None else None, kept)
+        return x_BLD, (cache, kept)
 
 
 class Decoder(nn.Module):
@@ -209,12 +186,17 @@ class Decoder(nn.Module):
       dtype: of the computation.
       attention_backend: see `ops.attention`.
       keep_layer_inputs: whether the output carries the input of every layer.
+      scan_layers: whether the parameters of all layers are stacked, `layers/...` [layers, ...], and one compiled layer
+        runs over them (training: compiles fast, and is sharded and rematerialised layer by layer). Otherwise each
+        layer has parameters of its own, `layers_0/...`, and only then there is a cache: a product of one token with
+        weights is bound by memory, and taking a layer out of a stack copies it first. See `unstack_layers`.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     attention_backend: str = "xla"
     keep_layer_inputs: bool = False
+    scan_layers: bool = True
 
     def setup(self):
         config = self.config
@@ -231,15 +213,19 @@ class Decoder(nn.Module):
                 output_dtype=jnp.float32,
             )
         self.final_norm = RMSNorm(config.norm_epsilon)
-        scanned = nn.scan(
-            DecoderLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=config.num_layers,
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-        )
-        self.layers = scanned(config, self.dtype, self.attention_backend, self.keep_layer_inputs)
+        layer = functools.partial(DecoderLayer, config, self.dtype, self.attention_backend, self.keep_layer_inputs)
+        if self.scan_layers:
+            scanned = nn.scan(
+                DecoderLayer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=config.num_layers,
+                metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            )
+            self.layers = scanned(*layer.args)
+        else:
+            self.layers = [layer() for _ in range(config.num_layers)]
 
     def embed(self, token_ids_BL: jax.Array) -> jax.Array:
         """[B, L, D] in the computation's dtype."""
@@ -277,18 +263,49 @@ class Decoder(nn.Module):
         config = self.config
         inverse, factor = rotary.frequencies(config.rope, config.head_dim, rope_length)
         cosine, sine = rotary.angles(structure.positions, inverse, factor)
-        key_structure, start, sos = structure, None, None
+        key_structure, start = structure, None
         if cache is not None:
-            start, sos = cache.length, cache.sos
+            start = cache.length
             key_structure = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, start)), cache.structure, structure
             )
-        if config.phantom is not None and sos is None and sos_positions is None:
+        if config.phantom is not None and sos_positions is None:
             sos_positions = jnp.argmax(structure.segment_ids > 0, axis=1)[:, None]
         context = _Context(cosine, sine, structure, key_structure, sos_positions, sos_index, start)
-        carry = (x_BLD, None, None) if cache is None else (x_BLD, cache.key, cache.value)
-        (x_BLD, key, value), (sos, kept) = self.layers(carry, (jnp.arange(config.num_layers), sos), context)
+        if self.scan_layers:
+            if cache is not None:
+                raise ValueError("scanned layers have no cache: set scan_layers=False and unstack the parameters")
+            x_BLD, (_, kept) = self.layers(x_BLD, None, context)
+            return DecoderOutput(self.final_norm(x_BLD), None, kept)
+        caches, inputs = [], []
+        for index, layer in enumerate(self.layers):
+            x_BLD, (written, kept) = layer(x_BLD, None if cache is None else cache.layers[index], context)
+            caches.append(written)
+            inputs.append(kept)
         if cache is not None:
-            length = cache.length + structure.shape[1]
-            cache = Cache(key, value, key_structure, length, sos)
-        return DecoderOutput(self.final_norm(x_BLD), cache, kept)
+            cache = Cache(tuple(caches), key_structure, cache.length + structure.shape[1])
+        return DecoderOutput(self.final_norm(x_BLD), cache, jnp.stack(inputs) if self.keep_layer_inputs else None)
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A decoder's parameters with layers of their own, from those of scanned layers: `layers` to `layers_0`, ...
+
+    Arrays are cut one by one, so that no more than the tree and one of its arrays is held.
+    """
+    params = dict(params)
+    stacked = flatten(params.pop("layers"))
+    layers: dict[str, dict[str, Any]] = {}
+    for path in list(stacked):
+        array = stacked.pop(path)
+        for index in range(jax.tree.leaves(array)[0].shape[0]):
+            layers.setdefault(f"layers_{index}", {})[path] = jax.tree.map(lambda leaf, index=index: leaf[index], array)
+    return params | {name: unflatten(leaves) for name, leaves in layers.items()}
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`; the stacked arrays are numpy's, in host memory."""
+    params = dict(params)
+    count = sum(name.startswith("layers_") for name in params)
+    layers = [flatten(params.pop(f"layers_{index}")) for index in range(count)]
+    stacked = {path: np.stack([np.asarray(layer[path]) for layer in layers]) for path in layers[0]}
+    return params | {"layers": unflatten(stacked)}

@@ -48,7 +48,7 @@ class PhantomConfig:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["query", "key", "value"], meta_fields=[])
 @dataclasses.dataclass
 class SosStates:
-    """What the start-of-sequence tokens project to, after rotation; with a leading layer axis for a whole decoder.
+    """What the start-of-sequence tokens of one layer project to, after rotation.
 
     Attributes:
       query: [B, S, N, H] for S sos tokens a row.
@@ -60,6 +60,33 @@ class SosStates:
     value: jax.Array
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class HeadStates:
+    """What the tokens of one branch attend to: functions of the sos token and of the weights, not of the token.
+
+    Attributes:
+      keys: [B, S, G, H], GELU(s W_k) for S sos tokens a row of G heads each.
+      values: [B, S, G, H], GELU(s W_v) W_o: W_o is linear and the softmax sums to one, so it moves inside the sum.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["query", "key", "value"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class PhantomStates:
+    """The states of each branch of one layer; None where a branch does not exist.
+
+    A first token that never changes makes them constants of the weights: then B is 1 and serves every row.
+    """
+
+    query: HeadStates | None
+    key: HeadStates | None
+    value: HeadStates | None
+
+
 def gather_sos(query_BLNH, key_BLKH, value_BLKH, sos_positions_BS) -> SosStates:
     """States of the tokens that stand at row indices `sos_positions_BS` [B, S] int32."""
     index = sos_positions_BS[:, :, None, None]
@@ -67,35 +94,43 @@ def gather_sos(query_BLNH, key_BLKH, value_BLKH, sos_positions_BS) -> SosStates:
     return SosStates(take(query_BLNH), take(key_BLKH), take(value_BLKH))
 
 
-def head_cross_attention(x_BLNH, sos_BSGH, linear_q, linear_k, linear_v, linear_o, sos_index_BL=None) -> jax.Array:
-    """y = GELU(softmax(a b^T / sqrt(H)) c W_o): each head of each token attends over the G heads of its sos token.
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def fold_heads(sos_BSGH: jax.Array, linear_k, linear_v, linear_o) -> HeadStates:
+    """What tokens attend to in one branch; the linears are [H, H], input axis first."""
+    keys = _gelu(jnp.einsum("bsgh,hd->bsgd", sos_BSGH, linear_k))
+    values = _gelu(jnp.einsum("bsgh,hd->bsgd", sos_BSGH, linear_v))
+    return HeadStates(keys, jnp.einsum("bsgd,de->bsge", values, linear_o))
+
+
+def head_cross_attention(x_BLNH, states: HeadStates, linear_q, sos_index_BL=None) -> jax.Array:
+    """y = GELU(softmax(GELU(x W_q) keys^T / sqrt(H)) values): each head of each token attends over the sos's heads.
 
     Args:
       x_BLNH: what is expanded.
-      sos_BSGH: states of the row's sos tokens.
-      linear_q, linear_k, linear_v, linear_o: [H, H], input axis first; an exact GELU follows each.
+      states: of the row's sos tokens; of all rows at once where its B is 1.
+      linear_q: [H, H], input axis first.
       sos_index_BL: which of the S sos tokens serves each token; None where S is 1.
 
     Returns:
       [B, L, N, H] in x's dtype; the softmax is float32.
     """
-    gelu = functools.partial(jax.nn.gelu, approximate=False)
-    a = gelu(jnp.einsum("blnh,hd->blnd", x_BLNH, linear_q))
-    b = gelu(jnp.einsum("bsgh,hd->bsgd", sos_BSGH, linear_k))
-    c = gelu(jnp.einsum("bsgh,hd->bsgd", sos_BSGH, linear_v))
-    if sos_index_BL is None:
-        if sos_BSGH.shape[1] != 1:
-            raise ValueError(f"{sos_BSGH.shape[1]} sos tokens a row need an index per token")
-        scores = jnp.einsum("blnd,bgd->blng", a, b[:, 0], preferred_element_type=jnp.float32)
-        c_gather, equation = c[:, 0], "blng,bgd->blnd"
-    else:
+    a = _gelu(jnp.einsum("blnh,hd->blnd", x_BLNH, linear_q))
+    if sos_index_BL is not None:
         index = sos_index_BL[:, :, None, None]
-        scores = jnp.einsum(
-            "blnd,blgd->blng", a, jnp.take_along_axis(b, index, axis=1), preferred_element_type=jnp.float32
-        )
-        c_gather, equation = jnp.take_along_axis(c, index, axis=1), "blng,blgd->blnd"
+        keys, values = (jnp.take_along_axis(x, index, axis=1) for x in (states.keys, states.values))
+        axes_of_states = "blgd"
+    elif states.keys.shape[1] != 1:
+        raise ValueError(f"{states.keys.shape[1]} sos tokens a row need an index per token")
+    elif states.keys.shape[0] == 1:
+        keys, values, axes_of_states = states.keys[0, 0], states.values[0, 0], "gd"
+    else:
+        keys, values, axes_of_states = states.keys[:, 0], states.values[:, 0], "bgd"
+    scores = jnp.einsum(f"blnd,{axes_of_states}->blng", a, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * x_BLNH.shape[-1] ** -0.5, axis=-1).astype(x_BLNH.dtype)
-    return gelu(jnp.einsum("blnd,de->blne", jnp.einsum(equation, weights, c_gather), linear_o))
+    return _gelu(jnp.einsum(f"blng,{axes_of_states}->blnd", weights, values))
 
 
 class HeadCrossAttention(nn.Module):
@@ -104,15 +139,18 @@ class HeadCrossAttention(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, x_BLNH: jax.Array, sos_BSGH: jax.Array, sos_index_BL: jax.Array | None) -> jax.Array:
+    def setup(self):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axes.HEAD_DIM, axes.HEAD_DIM_OUT))
         shape = (self.head_dim, self.head_dim)
-        linears = [
-            self.param(name, init, shape, jnp.float32).astype(self.dtype)
-            for name in ("linear_q", "linear_k", "linear_v", "linear_o")
-        ]
-        return head_cross_attention(x_BLNH, sos_BSGH, *linears, sos_index_BL)
+        self.linear_q, self.linear_k, self.linear_v, self.linear_o = (
+            self.param(name, init, shape, jnp.float32) for name in ("linear_q", "linear_k", "linear_v", "linear_o")
+        )
+
+    def fold(self, sos_BSGH: jax.Array) -> HeadStates:
+        return fold_heads(sos_BSGH, *(x.astype(self.dtype) for x in (self.linear_k, self.linear_v, self.linear_o)))
+
+    def __call__(self, x_BLNH: jax.Array, states: HeadStates, sos_index_BL: jax.Array | None) -> jax.Array:
+        return head_cross_attention(x_BLNH, states, self.linear_q.astype(self.dtype), sos_index_BL)
 
 
 class Gate(nn.Module):
@@ -142,15 +180,24 @@ class PhantomDimension(nn.Module):
         if self.config.gate == "learned":
             self.gate_plain, self.gate_phantom = Gate(), Gate()
 
-    def expand(self, query_BLNH, key_BLKH, value_BLKH, sos: SosStates, sos_index_BL=None):
+    def fold(self, sos: SosStates) -> PhantomStates:
+        """What the tokens of each branch attend to."""
+        query_key, value = self.config.query_key, self.config.value
+        return PhantomStates(
+            query=self.query.fold(sos.query) if query_key else None,
+            key=self.key.fold(sos.key) if query_key else None,
+            value=self.value.fold(sos.value) if value else None,
+        )
+
+    def expand(self, query_BLNH, key_BLKH, value_BLKH, states: PhantomStates, sos_index_BL=None):
         """Returns ([q, eta y_q], [k, eta y_k], [v, y_v]), each twice as wide where its branch exists."""
         if self.config.query_key:
-            y_query = self.query(query_BLNH, sos.query, sos_index_BL)
-            y_key = self.key(key_BLKH, sos.key, sos_index_BL)
+            y_query = self.query(query_BLNH, states.query, sos_index_BL)
+            y_key = self.key(key_BLKH, states.key, sos_index_BL)
             query_BLNH = jnp.concatenate([query_BLNH, self.config.eta * y_query], axis=-1)
             key_BLKH = jnp.concatenate([key_BLKH, self.config.eta * y_key], axis=-1)
         if self.config.value:
-            value_BLKH = jnp.concatenate([value_BLKH, self.value(value_BLKH, sos.value, sos_index_BL)], axis=-1)
+            value_BLKH = jnp.concatenate([value_BLKH, self.value(value_BLKH, states.value, sos_index_BL)], axis=-1)
         return query_BLNH, key_BLKH, value_BLKH
 
     def mix(self, out_BLNE: jax.Array) -> jax.Array:

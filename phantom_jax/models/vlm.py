@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from phantom_jax.batch import IGNORE
-from phantom_jax.models.decoder import Cache, Decoder, DecoderConfig, DecoderOutput
+from phantom_jax.models.cache import Cache
+from phantom_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
 from phantom_jax.models.projector import Projector, ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTower, VisionTowerConfig
 from phantom_jax.ops.attention import Structure
@@ -64,18 +65,22 @@ class VisionLanguageModel(nn.Module):
       dtype: of the computation; parameters keep their own.
       attention_backend: of tower and decoder, see `ops.attention`.
       keep_layer_inputs: whether `hidden_states` also returns the input of every decoder layer.
+      scan_layers: of the decoder; only False has a cache.
     """
 
     config: VisionLanguageConfig
     dtype: Any = jnp.float32
     attention_backend: str = "xla"
     keep_layer_inputs: bool = False
+    scan_layers: bool = True
 
     def setup(self):
         config = self.config
         self.vision_tower = VisionTower(config.vision_tower, self.dtype, self.attention_backend)
         self.projector = Projector(config.projector, self.dtype)
-        self.language_model = Decoder(config.language_model, self.dtype, self.attention_backend, self.keep_layer_inputs)
+        self.language_model = Decoder(
+            config.language_model, self.dtype, self.attention_backend, self.keep_layer_inputs, self.scan_layers
+        )
 
     def image_features(self, pixels_BIHWC: jax.Array) -> jax.Array:
         """Image tokens [B, I * P, D] of the tiles [B, I, H, W, 3] of each row."""

@@ -1,0 +1,67 @@
+"""Slots of a cache: which sizes exist, how a shared prefix gets into a row, how beams change places.
+
+A row is [prefix | prompt | answers]. Each part is filled up to a size of its own with slots that nothing sees, and the
+answers of a prompt (beams, samples) are branches of its row: they share prefix and prompt, and see nothing of one
+another. Slot `t * branches + k` of the last part holds token t of branch k.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from phantom_jax.models.cache import Cache, LayerCache
+from phantom_jax.ops.attention import Structure
+
+
+def bucket(count: int, least: int = 16) -> int:
+    """The smallest of `least`, 1.5 `least`, 2 `least`, 3 `least`, 4 `least`, ... that is `count` or more."""
+    size = least
+    while size < count:
+        if size * 3 // 2 >= count and size > 1:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def place_prefix(cache: Cache, prefix: Cache, row: jax.Array) -> Cache:
+    """A batch's cache with a prefix [1, S', ...] in the first slots of one of its rows."""
+
+    def put(whole, part):
+        return jax.lax.dynamic_update_slice(whole, part, (row,) + (0,) * (whole.ndim - 1))
+
+    layers = tuple(
+        dataclasses.replace(jax.tree.map(put, _tokens(whole), _tokens(part)), phantom=whole.phantom)
+        for whole, part in zip(cache.layers, prefix.layers, strict=True)
+    )
+    return Cache(layers, jax.tree.map(put, cache.structure, prefix.structure), cache.length)
+
+
+def reorder_branches(cache: Cache, parents_BK: jax.Array, new_slots: int) -> Cache:
+    """The cache after branch k of each row took the place of branch `parents_BK[:, k]`; only answers are moved."""
+    branches = parents_BK.shape[1]
+
+    def move(whole):
+        first = whole.shape[1] - new_slots * branches
+        part = whole[:, first:].reshape(whole.shape[0], new_slots, branches, *whole.shape[2:])
+        index = parents_BK.reshape(parents_BK.shape[0], 1, branches, *(1,) * (whole.ndim - 2))
+        part = jnp.take_along_axis(part, index, axis=2).reshape(whole.shape[0], -1, *whole.shape[2:])
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, first, axis=1)
+
+    layers = tuple(
+        dataclasses.replace(jax.tree.map(move, _tokens(layer)), phantom=layer.phantom) for layer in cache.layers
+    )
+    return dataclasses.replace(cache, layers=layers)
+
+
+def _tokens(layer: LayerCache) -> LayerCache:
+    """The arrays with an axis of tokens."""
+    return dataclasses.replace(layer, phantom=None)
+
+
+def padding_structure(rows: int, slots: int) -> Structure:
+    """Slots that nothing sees."""
+    zeros = jnp.zeros((rows, slots), jnp.int32)
+    return Structure(zeros, zeros, zeros)
