@@ -1,6 +1,7 @@
 """Token bytes against the tokenizers that transformers makes for the language models' families."""
 
 import json
+import unicodedata
 
 import pytest
 import transformers
@@ -32,5 +33,7 @@ def test_an_answer_is_what_transformers_decodes(tokenizer, text):
     table = token_bytes(tokenizer.backend_tokenizer)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
     theirs = tokenizer.decode([*token_ids, tokenizer.eos_token_id], skip_special_tokens=True)
-    assert answer_text(token_ids, table, end_ids=(tokenizer.eos_token_id,)) == theirs.strip() == text.strip()
+    assert answer_text(token_ids, table, end_ids=(tokenizer.eos_token_id,)) == theirs.strip()
+    # Qwen2's normalizer composes characters.
+    assert theirs.strip() in (text.strip(), unicodedata.normalize("NFC", text.strip()))
     assert table[tokenizer.eos_token_id] == b""
