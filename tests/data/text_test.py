@@ -67,23 +67,24 @@ def test_white_space_leaves_when_something_follows_it():
 def test_the_end_token_ends_it_and_lets_go_of_what_was_held():
     answer = AnswerText(**BY_BYTE, stops=["stop"])
     assert answer.push(b"a st") == "a"
-    assert not answer.done
+    assert not answer.ended
     assert answer.push([END, *b"op"]) == " st"
-    assert answer.done
+    assert answer.ended
     assert (answer.push(b"more"), answer.finish()) == ("", "")
 
 
 def test_finish_gives_an_unfinished_character_as_malformed():
     answer = AnswerText(**BY_BYTE)
     assert answer.push("a🙂".encode()[:-1]) == "a"
-    assert (answer.finish(), answer.finish(), answer.done) == ("\ufffd", "", True)
+    assert (answer.finish(), answer.finish(), answer.push(b"b")) == ("\ufffd", "", "")
+    assert not answer.ended
 
 
 def test_ids_without_text_add_nothing():
     answer = AnswerText(BYTES, end_ids=(), stops=["ab"])
     assert answer.push([*b"xa", 256, 10**6, -1]) == "x"
     assert answer.push(b"b") == ""
-    assert answer.done
+    assert answer.ended
 
 
 def test_arrays_of_tokens_are_tokens():
