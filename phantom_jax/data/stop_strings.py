@@ -34,27 +34,24 @@ def check_stops(stops: str | Sequence[str], tokenizer: tokenizers.Tokenizer) -> 
         raise InputError(f"The stops are {stops!r}. Give a string or a list of strings.")
     if len(stops) > MAX_STOPS:
         raise InputError(f"There are {len(stops)} stops. Give at most {MAX_STOPS}.")
-    added = {token.content: (number, token.special) for number, token in tokenizer.get_added_tokens_decoder().items()}
-    special = {content: number for content, (number, is_special) in added.items() if is_special}
-    strings = []
-    for stop in stops:
-        if stop in special:
-            continue
-        if stop not in added and _LIKE_A_SPECIAL_TOKEN.fullmatch(stop):
-            shown = ", ".join([*special][:_SHOWN]) + (f" and {len(special) - _SHOWN} more" * (len(special) > _SHOWN))
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    special = {token.content: token_id for token_id, token in added if token.special}
+    with_text = {token.content for _, token in added if not token.special}
+    strings = tuple(dict.fromkeys(stop for stop in stops if stop not in special))
+    for stop in strings:
+        if stop not in with_text and _LIKE_A_SPECIAL_TOKEN.fullmatch(stop):
+            more = f" and {len(special) - _SHOWN} more" if len(special) > _SHOWN else ""
             raise InputError(
-                f"The stop {stop!r} is no special token of this tokenizer: its special tokens are {shown or 'none'}. "
-                "Give one of these or plain text."
+                f"The stop {stop!r} is no special token of this tokenizer: its special tokens are "
+                f"{', '.join([*special][:_SHOWN]) or 'none'}{more}. Give one of these or plain text."
             )
         held = next((token for token in special if token in stop), None)
         if held is not None:
             raise InputError(
                 f"The stop {stop!r} can never be found: the special token {held!r} has no text. Give {held!r} alone."
             )
-        strings.append(stop)
     stop_bytes(strings)
-    ids = [special[stop] for stop in stops if stop in special]
-    return tuple(dict.fromkeys(strings)), tuple(dict.fromkeys(ids))
+    return strings, tuple(dict.fromkeys(special[stop] for stop in stops if stop in special))
 
 
 def stop_bytes(stops: Sequence[str]) -> tuple[bytes, ...]:

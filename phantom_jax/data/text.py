@@ -22,7 +22,7 @@ class AnswerText:
       min_new_tokens: a stop string that ends within so many tokens is text as any other.
 
     Attributes:
-      done: whether the answer has ended; nothing follows.
+      ended: whether an end token or a stop string has ended the answer, and not `finish`.
     """
 
     def __init__(
@@ -41,28 +41,28 @@ class AnswerText:
         self._held = bytearray()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._begun, self._space = False, ""
-        self.done = False
+        self._open, self.ended = True, False
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that is certain after these tokens and was not before."""
-        if self.done:
+        if not self._open:
             return ""
         for token in map(int, token_ids):
             self._add(token)
-            if self.done:
-                return self._release(len(self._held), final=True)
-        return self._release(len(self._held) - self._depth[self._state], final=False)
+            if self.ended:
+                return self.finish()
+        return self._release(len(self._held) - self._depth[self._state])
 
     def finish(self) -> str:
         """The rest, where no more tokens come."""
-        if self.done:
+        if not self._open:
             return ""
-        self.done = True
-        return self._release(len(self._held), final=True)
+        self._open = False
+        return self._release(len(self._held))
 
     def _add(self, token: int):
         if token in self._end_ids:
-            self.done = True
+            self.ended = True
             return
         data = self._token_bytes[token] if 0 <= token < len(self._token_bytes) else b""
         for byte in data:
@@ -70,12 +70,12 @@ class AnswerText:
             self._state = self._next_state[self._state][byte]
             if self._found[self._state] and self._tokens >= self._min_new_tokens:
                 del self._held[-self._found[self._state] :]
-                self.done = True
+                self.ended = True
                 return
         self._tokens += 1
 
-    def _release(self, count: int, *, final: bool) -> str:
-        text = self._decoder.decode(bytes(self._held[:count]), final)
+    def _release(self, count: int) -> str:
+        text = self._decoder.decode(bytes(self._held[:count]), final=not self._open)
         del self._held[:count]
         text = self._space + text if self._begun else text.lstrip()
         piece = text.rstrip()

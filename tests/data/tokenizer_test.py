@@ -1,14 +1,16 @@
-"""The small tokenizer: its words, its round trip, and that the usual library loads it."""
+"""The small tokenizer: its words, its round trip, and that the usual library loads it; any tokenizer's bytes."""
 
 import json
 
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import AddedToken, decoders, models
 
 from phantom_jax.data import tokenizer as small
 from phantom_jax.data.number_questions import PHRASINGS
 from phantom_jax.errors import InputError
+from tests.data import small_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,95 @@ def test_a_tokenizer_without_its_own_padding_pads_with_the_end(tmp_path):
     small.save_tokenizer(other, tmp_path, end_of_answer="<|end|>")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["eos_token"] == config["pad_token"]
+
+
+KINDS = {"byte-level": small_tokenizers.byte_level, "llama-like": small_tokenizers.llama_like}
+TEXTS = [
+    "Hello, world!",
+    "  two  spaces\n\n\tand a tab ",
+    "🙂👩‍🚀🇫🇷",
+    "北京市 and ひらがな",
+    "e\u0301 a\u0308\u0323",
+    "mixed 🙂北 né\u0301 <0x0A> ▁ Ġ",
+    "\x00\x7f\u00ad\ufffd\U0010ffff",
+]
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+def any_kind(request):
+    return request.param()
+
+
+def joined(tokenizer, token_ids):
+    table = small.token_bytes(tokenizer)
+    return b"".join(table[token] for token in token_ids)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *small_tokenizers.TEXTS])
+def test_joined_bytes_are_what_the_tokenizer_decodes(any_kind, text):
+    token_ids = ids(any_kind, text)
+    theirs = any_kind.decode(token_ids)
+    # LLaMA's decoder takes off the space that its normalizer put before the text, and reads every ▁ as a space.
+    llama = any_kind.token_to_id("▁") is not None
+    assert joined(any_kind, token_ids).decode() == " " * llama + theirs
+    assert theirs == (text.replace("▁", " ") if llama else text)
+
+
+def test_every_token_of_valid_text_is_the_text_that_the_tokenizer_gives_it(any_kind):
+    table = small.token_bytes(any_kind)
+    assert len(table) == any_kind.get_vocab_size()
+    single = [token for token in range(len(table)) if "\ufffd" not in any_kind.decode([token])]
+    assert len(single) > len(table) / 2
+    for token in single:
+        assert table[token].decode().strip() == any_kind.decode([token]).strip()
+
+
+def test_every_byte_has_a_token(any_kind):
+    assert {bytes([byte]) for byte in range(256)} <= set(small.token_bytes(any_kind))
+
+
+def test_special_tokens_have_no_text_and_other_added_ones_have_their_content(any_kind):
+    before = any_kind.get_vocab_size()
+    any_kind = tokenizers.Tokenizer.from_str(any_kind.to_str())
+    contents = ["<think>", "a b", "é"]
+    any_kind.add_tokens([AddedToken(content, special=False) for content in contents])
+    any_kind.add_special_tokens(["<|stop|>"])
+    table = small.token_bytes(any_kind)
+    special = {number for number, token in any_kind.get_added_tokens_decoder().items() if token.special}
+    assert len(special) in (4, 7) and all(table[token] == b"" for token in special)
+    assert [table[any_kind.token_to_id(content)].decode() for content in contents] == contents
+    assert before < len(table) == any_kind.get_vocab_size()
+
+
+def test_ids_that_the_vocabulary_leaves_out_have_no_text():
+    tokenizer = tokenizers.Tokenizer(models.BPE({"a": 1, "Ġb": 4}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    assert small.token_bytes(tokenizer) == (b"", b"a", b"", b"", b" b")
+
+
+def test_a_metaspace_decoder_knows_no_byte_tokens():
+    tokenizer = tokenizers.Tokenizer(models.BPE({"▁a": 0, "<0x41>": 1, "b_": 2}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    assert small.token_bytes(tokenizer) == (b" a", b"<0x41>", b"b_")
+    tokenizer.decoder = decoders.Metaspace(replacement="_")
+    assert small.token_bytes(tokenizer) == ("▁a".encode(), b"<0x41>", b"b ")
+
+
+REPLACE, FUSE = decoders.Replace("▁", " "), decoders.Fuse()
+UNSUPPORTED = {
+    "null": None,
+    "WordPiece": decoders.WordPiece(),
+    "Regex": decoders.Sequence([decoders.Replace(tokenizers.Regex("▁+"), " "), FUSE]),
+    '"Strip", .* "Fuse"': decoders.Sequence([REPLACE, decoders.Strip(" ", 1, 0), FUSE]),
+    '"content": "x"': decoders.Sequence([REPLACE, FUSE, decoders.Strip("x", 1, 0)]),
+    "CTC": decoders.Sequence([REPLACE, decoders.CTC()]),
+}
+
+
+@pytest.mark.parametrize(("named", "decoder"), UNSUPPORTED.items(), ids=range(len(UNSUPPORTED)))
+def test_any_other_decoder_is_named_and_refused(named, decoder):
+    tokenizer = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    with pytest.raises(InputError, match=f"decoder is .*{named}.*Supported are ByteLevel, Metaspace and"):
+        small.token_bytes(tokenizer)
