@@ -114,8 +114,7 @@ def start(
 def advance(
     model: VisionLanguageModel, params: Any, state: State, controls: Controls, limit: jax.Array, *, rope_length: int
 ) -> State:
-    """Goes on until `limit` tokens, `controls.max_new_tokens` tokens, or the end of all answers."""
-    limit = jnp.minimum(limit, controls.max_new_tokens)
+    """Goes on until every answer has ended or has `limit` tokens."""
     rows, branches, _ = state.tokens.shape
 
     def keep_going(state):
@@ -155,7 +154,7 @@ def _pick(logits_BKV: jax.Array, state: State, controls: Controls) -> State:
         step=state.step + 1,
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, :, None], state.step, axis=2),
         lengths=jnp.where(state.done, state.lengths, state.step + 1),
-        done=state.done | ended,
+        done=state.done | ended | (state.step + 1 >= controls.max_new_tokens[:, None]),
         stop_states=stop_states,
         seen=_mark(state.seen, token),
     )
@@ -167,7 +166,7 @@ def _pick_beams(logits_BKV: jax.Array, state: State, controls: Controls) -> Stat
     length = state.step + 1
     states = None if state.stop_states is None else jnp.take_along_axis(state.stop_states, candidates.parents, axis=1)
     states, ended = _ends(candidates.last, states, length, controls)
-    ended |= length >= controls.max_new_tokens
+    ended |= length >= controls.max_new_tokens[:, None]
     beams, chosen, done = beam.select(candidates, ended, state.beams, state.done[:, 0], length, controls)
     parents = jnp.take_along_axis(candidates.parents, chosen, axis=1)
     tokens = jnp.take_along_axis(candidates.tokens, chosen[:, :, None], axis=1)

@@ -142,7 +142,8 @@ class Controls:
     """`Settings` as arrays: values change without compiling anything; what is None is not computed.
 
     Attributes:
-      max_new_tokens, min_new_tokens: int32 scalars.
+      max_new_tokens: [B] int32.
+      min_new_tokens: int32 scalar.
       end_ids: [E] int32, tokens that end an answer, filled up with ids beyond the vocabulary.
       pad_id: int32 scalar, what follows an answer's end.
       length_penalty: float32 scalar.
@@ -174,7 +175,7 @@ class Controls:
 def controls(
     settings: Settings,
     *,
-    max_new_tokens: int,
+    max_new_tokens: np.ndarray,
     end_ids: Sequence[int],
     pad_id: int,
     seeds: np.ndarray | None = None,
@@ -185,7 +186,7 @@ def controls(
 
     Args:
       settings: what the user asked for.
-      max_new_tokens: what of it the context leaves.
+      max_new_tokens: [B], what of it each prompt's context leaves.
       end_ids: tokens that end an answer.
       pad_id: what follows an answer's end.
       seeds: [B], only read where tokens are sampled; see `prompt_seed`.

@@ -42,7 +42,7 @@ def run(
         seen[row, ids[row, real[row]]] = True
     asked = controls(
         settings,
-        max_new_tokens=new,
+        max_new_tokens=np.full(rows, new),
         end_ids=eos,
         pad_id=pad_id,
         seeds=np.arange(rows) + settings.seed,
