@@ -10,7 +10,7 @@ from absl import logging
 
 from phantom_jax.checkpoints.hf import read_json
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
-from phantom_jax.data.conversation import Template, get_template
+from phantom_jax.data.conversation import get_template
 from phantom_jax.data.tokenizer import load_tokenizer
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig
@@ -63,9 +63,10 @@ def load_processor(
             )
         return None
     tokenizer = load_tokenizer(directory)
+    image_token = _image_token(published, tokenizer.id_to_token(tokens.image))
     processor = Processor(
         tokenizer,
-        _with_image_token(chosen, published, tokenizer.id_to_token(tokens.image)),
+        dataclasses.replace(chosen, image_token=image_token),
         tile_size=config.vision_tower.image_size,
         max_tiles=_MAX_TILES,
         tokens_per_tile=config.tokens_per_tile,
@@ -87,16 +88,16 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _with_image_token(template: Template, published: Published, token: str | None) -> Template:
-    """The template with the image token of the folder, since it is the config that decides which one it is."""
+def _image_token(published: Published, configured: str | None) -> str:
+    """The token that stands for an image's features: the config decides, whatever the template calls it."""
     if published.format == "llava-original":
         # Its vocabulary has none. Features are put in by place, so any token will do that no text comes to.
-        token = "<unk>"
-    if token is None:
+        return "<unk>"
+    if configured is None:
         raise InputError(
             "the tokenizer does not have the image token that config.json names: take both from one folder"
         )
-    return dataclasses.replace(template, image_token=token)
+    return configured
 
 
 def _channels(images: Mapping[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
