@@ -15,6 +15,7 @@ import numpy as np
 from phantom_jax.checkpoints import hf, native
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.hf_config import FORMATS, publish
+from phantom_jax.checkpoints.hf_processor import load_processor
 from phantom_jax.errors import InputError
 from phantom_jax.generation.decode import greedy
 from phantom_jax.models.vlm import VisionLanguageModel
@@ -107,15 +108,17 @@ class VisionLanguage:
         return self.processor
 
 
-def load(path: str | os.PathLike[str], *, dtype: Any = None) -> VisionLanguage:
+def load(path: str | os.PathLike[str], *, dtype: Any = None, template: str | None = None) -> VisionLanguage:
     """Loads a model folder, ours or a Hugging Face one; the layout is recognised by its content.
 
     Args:
       path: the folder.
       dtype: of the computation; by default that of the embedding as stored, bfloat16 for float16.
+      template: name of the conversation template; by default the one that was saved with the model, for a published
+        Phantom that of its language model, for a published LLaVA `vicuna_v1`.
 
     Raises:
-      InputError: there is no model in the folder, or it is not complete.
+      InputError: there is no model in the folder, it is not complete, or there is no such template.
     """
     directory = pathlib.Path(path)
     if not directory.is_dir():
@@ -132,7 +135,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None) -> VisionLanguage:
         checkpoint.params = jax.tree.map(jax.device_put, checkpoint.params)
     else:
         raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
-    processor = Processor.load(directory) if (directory / "processor_config.json").is_file() else None
+    processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
     if dtype is None:
         stored = checkpoint.params["language_model"]["embedding"].dtype
         # float16 overflows where these models were trained in bfloat16.

@@ -13,13 +13,16 @@ import tokenizers
 from phantom_jax.batch import IGNORE, Batch
 from phantom_jax.data import conversation, tiles
 from phantom_jax.data.conversation import Conversation, Template, Turn
+from phantom_jax.data.runs import RunEncoder
 from phantom_jax.data.tokenizer import PAD, load_tokenizer, save_tokenizer
 from phantom_jax.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_CONFIG = "processor_config.json"
+CONFIG = "processor_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +33,15 @@ class Prompt:
       token_ids: [n] int32.
       image_slots: [n] int32, -1 for text, else an index into the features of `tiles`, tile by tile.
       tiles: [T, H, W, 3] uint8.
+      prefix_length: how many leading tokens other prompts may share with this one. They reach to the end of the last
+        image or of the history, whichever is later; with neither, to the end of the system text. Where the images do
+        not stand inside the last question, these tokens do not depend on it. All tiles belong to them.
     """
 
     token_ids: np.ndarray
     image_slots: np.ndarray
     tiles: np.ndarray
+    prefix_length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Processor:
       tokens_per_tile: how many features the projector makes of a tile.
       max_length: the context: most tokens of one conversation, its answer included.
       mean, std: by which pixels (from 0 to 1) are normalised, for each channel.
+      image_mode: how an image becomes tiles, one of `tiles.IMAGE_MODES`; `crop` and `pad` make one tile of it.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -59,14 +67,23 @@ class Processor:
     max_length: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    image_mode: str = "tiles"
 
     def __post_init__(self):
-        for token in (self.template.image_token, self.template.answer_end):
+        if self.image_mode not in tiles.IMAGE_MODES:
+            raise InputError(f"image_mode is {self.image_mode!r}; it must be one of {', '.join(tiles.IMAGE_MODES)}.")
+        for token in self._template_tokens:
             if self.tokenizer.token_to_id(token) is None:
                 raise InputError(
                     f"The tokenizer does not have the template's token {token!r}. "
                     "Set the template to the one that the tokenizer was made for."
                 )
+
+    @property
+    def _template_tokens(self) -> tuple[str, ...]:
+        """What must be one token each."""
+        template = self.template
+        return tuple(filter(None, (template.begin, template.image_token, template.end_token)))
 
     @property
     def image_token_id(self) -> int:
@@ -75,7 +92,7 @@ class Processor:
     @property
     def end_id(self) -> int:
         """The token that ends an answer."""
-        return self.tokenizer.token_to_id(self.template.answer_end)
+        return self.tokenizer.token_to_id(self.template.end_token)
 
     @property
     def pad_id(self) -> int:
@@ -83,22 +100,28 @@ class Processor:
         return self.end_id if pad is None else pad
 
     @functools.cached_property
-    def tokenize(self) -> conversation.Tokenize:
-        """Ids of a piece of text; only with `markup=True` do special tokens in it count as such."""
-        # In a copy of the tokenizer special tokens are plain text: what a user writes cannot open or end a turn.
-        plain = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
-        plain.encode_special_tokens = True
+    def encoder(self) -> RunEncoder:
+        return RunEncoder(self.tokenizer, self._template_tokens)
 
-        @functools.lru_cache(maxsize=2**16)
-        def tokenize(text: str, markup: bool = False) -> tuple[int, ...]:
-            tokenizer = self.tokenizer if markup else plain
-            return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-
-        return tokenize
+    def tile_count(self, width: int, height: int) -> int:
+        """Number of tiles of an image of so many pixels."""
+        if self.image_mode != "tiles":
+            return 1
+        return tiles.tile_count(width, height, tile_size=self.tile_size, max_tiles=self.max_tiles)
 
     def encode_image(self, image: tiles.Source, name: str | None = None) -> np.ndarray:
-        """Opens an image and cuts it into [T, tile_size, tile_size, 3] uint8 tiles; errors as in `tiles.open_image`."""
-        return tiles.split_tiles(tiles.open_image(image, name), tile_size=self.tile_size, max_tiles=self.max_tiles)
+        """Opens an image and makes [T, tile_size, tile_size, 3] uint8 tiles of it.
+
+        Raises:
+          InputError: as in `tiles.open_image`, or its shape is too extreme for the image mode.
+        """
+        opened = tiles.open_image(image, name)
+        if self.image_mode == "tiles":
+            return tiles.split_tiles(opened, tile_size=self.tile_size, max_tiles=self.max_tiles)
+        name = name or "The image"
+        if self.image_mode == "pad":
+            opened = tiles.pad_square(opened, color=[int(255 * mean) for mean in self.mean], name=name)
+        return tiles.crop_square(opened, tile_size=self.tile_size, name=name)
 
     def encode_conversation(
         self, turns: Sequence[Turn], tile_counts: Sequence[int], *, name: str = "The prompt"
@@ -109,7 +132,7 @@ class Processor:
           InputError: it is longer than the context, or its `<image>` marks do not fit the images. Nothing is ever cut.
         """
         features = [count * self.tokens_per_tile for count in tile_counts]
-        encoded = conversation.encode(turns, features, self.template, self.tokenize, name=name)
+        encoded = conversation.encode(turns, features, self.template, self.encoder, name=name)
         length = len(encoded.token_ids)
         if length > self.max_length:
             raise InputError(
@@ -124,8 +147,9 @@ class Processor:
         """Everything up to where the answer to `question` begins.
 
         Args:
-          question: what the user says. `<image>` says where an image stands; without it, images come first.
-          images: encoded bytes, paths or open images, for all turns.
+          question: what the user says. `<image>`, here or in a question of the history, says where an image stands;
+            without any of these marks, all images come before the first question.
+          images: encoded bytes, paths or open images, for all turns, in the order of the marks.
           history: earlier questions and answers.
 
         Raises:
@@ -134,7 +158,9 @@ class Processor:
         cut = [self.encode_image(image) for image in images]
         encoded = self.encode_conversation([*history, (question, None)], [len(image) for image in cut])
         empty = np.zeros((0, self.tile_size, self.tile_size, 3), np.uint8)
-        return Prompt(encoded.token_ids, encoded.image_slots, np.concatenate([empty, *cut]))
+        return Prompt(
+            encoded.token_ids, encoded.image_slots, np.concatenate([empty, *cut]), prefix_length=encoded.prefix_length
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, up to its end marker, stripped."""
@@ -145,12 +171,12 @@ class Processor:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the tokenizer in Hugging Face format, and processor_config.json."""
-        save_tokenizer(self.tokenizer, directory, end_of_answer=self.template.answer_end)
+        save_tokenizer(self.tokenizer, directory, end_of_answer=self.template.end_token)
         config = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tokenizer"
         }
         config["template"] = dataclasses.asdict(self.template)
-        (pathlib.Path(directory) / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (pathlib.Path(directory) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Processor":
@@ -159,7 +185,7 @@ class Processor:
         Raises:
           InputError: a file is missing or does not hold a processor.
         """
-        path = pathlib.Path(directory) / _CONFIG
+        path = pathlib.Path(directory) / CONFIG
         if not path.is_file():
             raise InputError(f"There is no {path}. Give a folder that a model was saved to.")
         try:

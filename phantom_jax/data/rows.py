@@ -1,6 +1,7 @@
 """One row of a batch: conversations about some images, packed side by side, and how large it can get."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,40 +32,44 @@ class RowShape:
 def count_tiles(record: Record, processor: Processor) -> int:
     """How many tiles a record's image has, from its header alone."""
     width, height = tiles.image_size(record.image, record.id)
-    return tiles.tile_count(width, height, tile_size=processor.tile_size, max_tiles=processor.max_tiles)
+    return processor.tile_count(width, height)
 
 
 def length_bound(processor: Processor, *, rejected: bool) -> Callable[[Record, Sequence[Question], int, int], int]:
     """Makes (record, questions, tiles, count) -> most tokens that `count` of these questions take in a row.
 
-    Counts the pieces of a conversation instead of laying it out: a whole data set takes about a second. Raises the
-    error of a conversation that is longer than the context.
+    Raises the error of a conversation that is longer than the context. What a question and its answers come to is
+    counted once, with an image of a single token: a whole data set takes a second or two.
     """
-    frames: dict[int, int] = {}
-    opening = len(processor.tokenize(processor.template.assistant, markup=True))
+
+    @functools.lru_cache(maxsize=2**16)
+    def encode(question: str, answer: str | None) -> conversation.Conversation:
+        return conversation.encode([(question, answer)], [1], processor.template, processor.encoder)
+
+    @functools.lru_cache(maxsize=2**16)
+    def measure(question: str, answers: tuple[str, ...]) -> tuple[int, int, tuple[int, ...]]:
+        """What all questions on the image share, what the answers share, and the length with each answer."""
+        encoded = [encode(question, answer) for answer in answers]
+        fork = conversation.shared_length(encoded)
+        return encoded[0].prefix_length, fork, tuple(len(one.token_ids) for one in encoded)
 
     def bound(record: Record, questions: Sequence[Question], tile_count: int, count: int) -> int:
-        if tile_count not in frames:
-            empty = processor.encode_conversation([("", None)], [tile_count], name=record.id)
-            frames[tile_count] = len(empty.token_ids)
-        frame = frames[tile_count]
-        shared = frame - opening
-        if any(conversation.IMAGE_MARK in question.question for question in questions):
-            # Where a mark puts the image into the question, only the user's opening is sure to be shared.
-            template = processor.template
-            shared = sum(len(processor.tokenize(text, markup=True)) for text in (template.system, template.user))
-        parts = []
-        for question in questions:
-            texts = question.question.split(conversation.IMAGE_MARK)
-            prompt = frame + sum(len(processor.tokenize(text)) for text in texts)
-            answers = [question.chosen, *_rejected(record, question, rejected)]
-            ends = [prompt + len(processor.tokenize(answer)) + 1 for answer in answers]
-            if max(ends) > processor.max_length:
+        more = tile_count * processor.tokens_per_tile - 1
+        measured = [
+            measure(question.question, (question.chosen, *_rejected(record, question, rejected)))
+            for question in questions
+        ]
+        for question, (_, _, ends) in zip(questions, measured, strict=True):
+            if max(ends) + more > processor.max_length:
                 _segment(record, [question], tile_count, processor, rejected)
+        if count == 1:
             # The two answers of a single question share all of the prompt.
-            fork = prompt if count == 1 else shared
-            parts.append(fork - shared + sum(end - fork for end in ends))
-        return shared - 1 + sum(sorted(parts)[-count:])
+            return max(fork + more - 1 + sum(end - fork for end in ends) for _, fork, ends in measured)
+        shared = min(prefix for prefix, _, _ in measured) + more
+        if any(conversation.IMAGE_MARK in question.question for question in questions):
+            # Where a mark puts the image into the question, it may be that not even the image is shared.
+            shared = conversation.shared_length([encode(question.question, None) for question in questions])
+        return shared - 1 + sum(sorted(sum(end + more - shared for end in ends) for _, _, ends in measured)[-count:])
 
     return bound
 

@@ -1,13 +1,16 @@
 """Images: opened with suspicion, cut into the tiles that the vision tower sees.
 
-A picture is stretched to the grid of square tiles whose shape comes closest to its own, cut row by row, and followed by
-a thumbnail of the whole when there is more than one tile (Phantom's and InternVL's dynamic resolution).
+In the mode `tiles` a picture is stretched to the grid of square tiles whose shape comes closest to its own, cut row by
+row, and followed by a thumbnail of the whole when there is more than one tile (Phantom's and InternVL's dynamic
+resolution). In `crop` it is one tile, its middle (CLIP's way, and LLaVA's); in `pad` one tile that holds the whole on a
+square of the mean colour (LLaVA 1.5).
 """
 
 import functools
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -20,6 +23,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 MAX_PIXELS = 8192 * 8192
 """Largest image that is decoded, as stated in its header: 200 MB of RGB."""
+
+IMAGE_MODES = ("tiles", "crop", "pad")
 
 Source = bytes | str | os.PathLike | Image.Image
 
@@ -162,3 +167,47 @@ def split_tiles(image: Image.Image, *, tile_size: int, max_tiles: int) -> np.nda
         return tiles
     thumbnail = np.asarray(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))
     return np.concatenate([tiles, thumbnail[None]])
+
+
+def crop_square(image: Image.Image, *, tile_size: int, name: str = "The image") -> np.ndarray:
+    """Scales an RGB image so that its shorter side is `tile_size`, and takes the square in its middle.
+
+    Returns:
+      [1, tile_size, tile_size, 3] uint8.
+
+    Raises:
+      InputError: it is so long and narrow that scaled it has more than `MAX_PIXELS` pixels.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    scaled = (tile_size * width // shorter, tile_size * height // shorter)
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise InputError(
+            f"{name} has {width} x {height} pixels, scaled to a shorter side of {tile_size} it would have more than "
+            f"{MAX_PIXELS}. Cut it to a less narrow shape first."
+        )
+    left, top = (scaled[0] - tile_size) // 2, (scaled[1] - tile_size) // 2
+    whole = image.resize(scaled, Image.Resampling.BICUBIC)
+    return np.asarray(whole.crop((left, top, left + tile_size, top + tile_size)))[None]
+
+
+def pad_square(image: Image.Image, *, color: Sequence[int], name: str = "The image") -> Image.Image:
+    """Puts an RGB image in the middle of a square as large as its longer side.
+
+    Args:
+      image: the image.
+      color: of the rest of the square, three values of 0 to 255.
+      name: what to call the image in an error.
+
+    Raises:
+      InputError: the square has more than `MAX_PIXELS` pixels.
+    """
+    width, height = image.size
+    size = max(width, height)
+    if size * size > MAX_PIXELS:
+        raise InputError(
+            f"{name} has {width} x {height} pixels, its square would have more than {MAX_PIXELS}. Scale it down first."
+        )
+    square = Image.new("RGB", (size, size), tuple(color))
+    square.paste(image, ((size - width) // 2, (size - height) // 2))
+    return square

@@ -1,5 +1,6 @@
 """Templates, label masks and branches, with a tokenizer of one token a character."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -7,16 +8,33 @@ import pytest
 
 from phantom_jax.batch import IGNORE
 from phantom_jax.data import conversation
-from phantom_jax.data.conversation import TEMPLATES, encode, lay_out
+from phantom_jax.data.conversation import TEMPLATES, encode, get_template, lay_out
+from phantom_jax.data.runs import Run, Special
 from phantom_jax.errors import InputError
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<img>", "</img>", "<IMG_CONTEXT>")
-PIECES = re.compile("|".join([*map(re.escape, SPECIAL), r"[\s\S]"]))
+SPECIAL += ("<s>", "</s>", "<image>")
 
 
-def tokenize(text, markup=False):
-    pieces = PIECES.findall(text) if markup else text
-    return [1000 + SPECIAL.index(piece) if piece in SPECIAL else ord(piece) for piece in pieces]
+class Characters:
+    """One token a character; `merges` are pairs of characters that are one token more."""
+
+    def __init__(self, *merges):
+        self.pattern = re.compile("|".join([*map(re.escape, merges), r"[\s\S]"]))
+        self.merges = merges
+
+    def split(self, markup):
+        parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", markup)
+        return [Special(1000 + SPECIAL.index(part)) if part in SPECIAL else part for part in parts if part]
+
+    def encode(self, text, opening):
+        found = list(self.pattern.finditer(text))
+        ids = [2000 + self.merges.index(one[0]) if len(one[0]) > 1 else ord(one[0]) for one in found]
+        return Run(ids, [one.start() for one in found], [one.end() for one in found])
+
+
+def special(token):
+    return 1000 + SPECIAL.index(token)
 
 
 def text_of(ids):
@@ -24,7 +42,7 @@ def text_of(ids):
 
 
 def converse(*turns, features=(), template="qwen2"):
-    return encode(turns, features, TEMPLATES[template], tokenize)
+    return encode(turns, features, TEMPLATES[template], Characters())
 
 
 CONTEXT = "<IMG_CONTEXT>"
@@ -70,7 +88,7 @@ def test_marks_say_where_images_stand():
     assert f"three <img>{CONTEXT}</img>?" in text
     slots = conversation.image_slots
     np.testing.assert_array_equal(slots[slots >= 0], [0, 1, 2])
-    np.testing.assert_array_equal(slots >= 0, conversation.token_ids == tokenize(CONTEXT, markup=True)[0])
+    np.testing.assert_array_equal(slots >= 0, conversation.token_ids == special(CONTEXT))
 
 
 def test_without_marks_all_images_come_first():
@@ -102,10 +120,97 @@ def test_text_before_and_between():
         image_token=CONTEXT,
         after_image="\n",
     )
-    encoded = encode([("A", "B"), ("C", "D")], [2], template, tokenize)
+    encoded = encode([("A", "B"), ("C", "D")], [2], template, Characters())
     expected = f"Be kind. USER: {2 * CONTEXT}\nA ASSISTANT: B<|end|>\nUSER: C ASSISTANT: D<|end|>"
     assert text_of(encoded.token_ids) == expected
     assert text_of(encoded.token_ids[encoded.supervised]) == "B<|end|>D<|end|>"
+
+
+SYSTEM = {"vicuna_v1": (154, "1fa69e2371b762d1"), "llava_v1": (156, "ace78a978005f68a")}
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_vicuna_text(name):
+    template = TEMPLATES[name]
+    system = template.system.removesuffix(" ")
+    assert (len(system), hashlib.sha256(system.encode()).hexdigest()[:16]) == SYSTEM[name]
+    encoded = converse(("Q1", "A1"), ("Q2", "A2"), features=[3], template=name)
+    assert text_of(encoded.token_ids) == (
+        f"<s>{system} USER: {3 * '<image>'}\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>"
+    )
+    assert text_of(encoded.token_ids[encoded.supervised]) == " A1</s> A2</s>"
+    assert special(template.end_token) == encoded.token_ids[-1]
+    prompt = converse(("Q1", "A1"), ("Q2", None), template=name)
+    assert text_of(prompt.token_ids) == f"<s>{system} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
+
+
+def test_llama_2_text():
+    template = TEMPLATES["llava_llama_2"]
+    system = template.system.removeprefix("[INST] <<SYS>>\n").removesuffix("\n<</SYS>>\n\n")
+    assert (len(system), hashlib.sha256(system.encode()).hexdigest()[:16]) == (186, "790f4cfc05523b0e")
+    encoded = converse(("Q1", "A1"), ("Q2", "A2"), features=[2], template="llava_llama_2")
+    assert text_of(encoded.token_ids) == (
+        f"<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{2 * '<image>'}\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST] A2 </s>"
+    )
+    assert text_of(encoded.token_ids[encoded.supervised]) == " A1 </s> A2 </s>"
+    assert special(template.end_token) == encoded.token_ids[-1]
+    assert text_of(encoded.token_ids[: encoded.answer_start]).endswith("Q2 [/INST]")
+
+
+def test_plain_text_is_the_image_and_its_caption():
+    for question in ("Describe it.", "<image>\nDescribe it."):
+        encoded = converse((question, "A cat."), features=[2], template="plain")
+        assert text_of(encoded.token_ids) == f"<s>{2 * '<image>'}A cat.\n"
+        assert text_of(encoded.token_ids[encoded.supervised]) == "A cat.\n"
+
+
+def test_unknown_templates_name_the_nearest():
+    with pytest.raises(InputError, match="no template 'vicuna': the nearest names are vicuna_v1"):
+        get_template("vicuna")
+    with pytest.raises(InputError, match="qwen2, internlm2, phi3"):
+        get_template("§§")
+
+
+def test_a_token_that_spans_the_answers_beginning_is_supervised():
+    template = TEMPLATES["vicuna_v1"]
+    encoded = encode([("Q", "A"), ("Q", "A")], [], template, Characters(": ", " A", "A "))
+    # ": " takes the answers' spaces, save that of the question's opening, where it is no answer's.
+    ids = encoded.token_ids.tolist()
+    assert [index for index, value in enumerate(encoded.supervised) if value][:3] == [
+        ids.index(special("</s>")) - 2,
+        ids.index(special("</s>")) - 1,
+        ids.index(special("</s>")),
+    ]
+    assert encoded.answer_start == len(ids) - 3 and encoded.supervised.sum() == 6
+
+
+@pytest.mark.parametrize(
+    "template, turns, features, shared",
+    [
+        ("qwen2", [("What?", None)], [], ""),
+        ("qwen2", [("What?", None)], [2], f"<|im_start|>user\n<img>{2 * CONTEXT}</img>"),
+        ("qwen2", [("A", "B"), ("What?", None)], [], "<|im_start|>user\nA<|im_end|><|im_start|>assistant\nB<|im_end|>"),
+        ("phi3", [("A", "B"), ("C", "D")], [1], f"<|user|>\n<img>{CONTEXT}</img>A<|end|><|assistant|>\nB<|end|>"),
+        ("qwen2", [("What <image>?", None)], [1], f"<|im_start|>user\nWhat <img>{CONTEXT}</img>"),
+        ("vicuna_v1", [("What?", None)], [], f"<s>{TEMPLATES['vicuna_v1'].system}"),
+        ("vicuna_v1", [("What?", None)], [2], f"<s>{TEMPLATES['vicuna_v1'].system}USER: <image><image>"),
+        ("llava_llama_2", [("A", "B"), ("C", None)], [], None),
+        ("plain", [("What?", None)], [1], "<s><image>"),
+    ],
+)
+def test_what_other_questions_share(template, turns, features, shared):
+    encoded = converse(*turns, features=features, template=template)
+    if shared is None:
+        shared = text_of(encoded.token_ids).removesuffix("C [/INST]")
+    assert text_of(encoded.token_ids[: encoded.prefix_length]) == shared
+    other = converse(*turns[:-1], (turns[-1][0] + " 0", None), features=features, template=template)
+    assert other.prefix_length == encoded.prefix_length
+    np.testing.assert_array_equal(other.token_ids[: other.prefix_length], encoded.token_ids[: other.prefix_length])
+
+
+def test_a_token_that_spans_the_end_of_the_prefix_is_not_shared():
+    encoded = encode([("What?", None)], [], TEMPLATES["vicuna_v1"], Characters(" U"))
+    assert text_of(encoded.token_ids[: encoded.prefix_length]) == "<s>" + TEMPLATES["vicuna_v1"].system.rstrip()
 
 
 def check(segment, pairs):
@@ -155,7 +260,7 @@ def test_questions_share_the_image():
     pairs = [[converse((q, a), features=[5])] for q, a in (("What?", "1"), ("Who?", "22"), ("Which?", "3"))]
     segment = lay_out(pairs)
     check(segment, pairs)
-    assert (segment.token_ids == tokenize(CONTEXT, markup=True)[0]).sum() == 5
+    assert (segment.token_ids == special(CONTEXT)).sum() == 5
     assert text_of(segment.targets[segment.sft_mask]) == "1<|im_end|>22<|im_end|>3<|im_end|>"
 
 

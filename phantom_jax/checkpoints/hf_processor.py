@@ -1,0 +1,116 @@
+"""The processor of a model folder: ours where there is one, else one made from what was published."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from phantom_jax.checkpoints.hf import read_json
+from phantom_jax.checkpoints.hf_config import Published, TokenIds
+from phantom_jax.data.conversation import get_template
+from phantom_jax.data.tokenizer import load_tokenizer
+from phantom_jax.errors import InputError
+from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.processor import CLIP_MEAN, CLIP_STD, CONFIG, Processor
+
+_MAX_TILES = 6
+
+
+def load_processor(
+    directory: str | os.PathLike[str],
+    config: VisionLanguageConfig,
+    published: Published,
+    tokens: TokenIds,
+    *,
+    template: str | None = None,
+) -> Processor | None:
+    """Loads the processor of a model folder, or makes one for a published folder that has none of ours.
+
+    Args:
+      directory: the folder.
+      config: the model.
+      published: how it looks outside.
+      tokens: its special ids.
+      template: name of a template to take instead of the folder's own or, in a published folder, of the default: the
+        language model's name for Phantom, `vicuna_v1` for LLaVA.
+
+    Returns:
+      The processor, or None where the folder has no tokenizer.json.
+
+    Raises:
+      InputError: a file is damaged, there is no such template, or template, tokenizer and images do not go together.
+    """
+    directory = pathlib.Path(directory)
+    phantom = published.format == "phantom"
+    chosen = get_template(template or (published.language_model if phantom else "vicuna_v1"))
+    stored = _read(directory / CONFIG)
+    # Other libraries give a file of theirs the same name.
+    if "template" in stored:
+        processor = Processor.load(directory)
+        if template is None:
+            return processor
+        chosen = dataclasses.replace(chosen, image_token=processor.template.image_token)
+        return dataclasses.replace(processor, template=chosen)
+    if not (directory / "tokenizer.json").is_file():
+        if (directory / "tokenizer.model").is_file():
+            logging.warning(
+                "%s has a tokenizer.model but no tokenizer.json, and only that is read: load it once with "
+                "transformers.AutoTokenizer and save it there, and text can go in and out.",
+                directory,
+            )
+        return None
+    tokenizer = load_tokenizer(directory)
+    image_token = _image_token(published, tokenizer.id_to_token(tokens.image))
+    processor = Processor(
+        tokenizer,
+        dataclasses.replace(chosen, image_token=image_token),
+        tile_size=config.vision_tower.image_size,
+        max_tiles=_MAX_TILES,
+        tokens_per_tile=config.tokens_per_tile,
+        max_length=config.language_model.rope.max_length,
+    )
+    if phantom:
+        return processor
+    images = stored.get("image_processor") or _read(directory / "preprocessor_config.json")
+    return dataclasses.replace(
+        processor,
+        max_tiles=1,
+        mean=_channels(images, "image_mean", CLIP_MEAN),
+        std=_channels(images, "image_std", CLIP_STD),
+        image_mode=_image_mode(images, published.config),
+    )
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _image_token(published: Published, configured: str | None) -> str:
+    """The token that stands for an image's features: the config decides, whatever the template calls it."""
+    if published.format == "llava-original":
+        # Its vocabulary has none. Features are put in by place, so any token will do that no text comes to.
+        return "<unk>"
+    if configured is None:
+        raise InputError(
+            "the tokenizer does not have the image token that config.json names: take both from one folder"
+        )
+    return configured
+
+
+def _channels(images: Mapping[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    values = images.get(key, default)
+    try:
+        red, green, blue = map(float, values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key} of the image processor is {values!r}: it must be three numbers") from error
+    return red, green, blue
+
+
+def _image_mode(images: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    ratio = config.get("image_aspect_ratio") or "square"
+    if ratio not in ("square", "pad"):
+        raise InputError(f"config.json has image_aspect_ratio={ratio!r}: only square and pad are supported")
+    return "pad" if ratio == "pad" or images.get("do_pad") else "crop"
