@@ -76,7 +76,7 @@ def test_the_tree_is_changed_in_place():
     assert quantize_params(params, "int8") is params
 
 
-@pytest.mark.parametrize("kind, bound", [("int8", 0.05), ("nf4", 0.6)])
+@pytest.mark.parametrize("kind, bound", [("int8", 0.03), ("nf4", 0.4)])
 def test_logits_are_those_of_the_dequantised_model_and_near_the_float_ones(kind, bound):
     model, params = float_model()
     batch = small.text_batch(small.random_ids(4, 16), [16, 12, 9, 5])
@@ -87,28 +87,17 @@ def test_logits_are_those_of_the_dequantised_model_and_near_the_float_ones(kind,
     )
     np.testing.assert_allclose(ours, whole, rtol=0, atol=2e-5)
     error = np.sqrt(np.mean(np.square(ours - exact))) / exact.std()
-    assert bound / 100 < error < bound
+    assert bound / 3 < error < bound
 
 
-@KINDS
-def test_greedy_answers_are_those_of_the_dequantised_model(kind):
+def test_greedy_answers_are_those_of_the_dequantised_model():
     model, _ = float_model()
     batch = small.text_batch(small.random_ids(3, 9), [9, 7, 4], left=True)
     ours, theirs = (
         greedy(model, tree, batch, max_new_tokens=6, eos_ids=(1,), pad_id=0, rope_length=32)
-        for tree in (quantized(kind), made_whole(quantized(kind)))
+        for tree in (quantized("nf4"), made_whole(quantized("nf4")))
     )
     np.testing.assert_array_equal(ours, theirs)
-
-
-@KINDS
-def test_bfloat16_computes_in_bfloat16(kind):
-    model = small.VisionLanguageModel(small.CONFIG, jnp.bfloat16)
-    batch = small.text_batch(small.random_ids(2, 9))
-    ours, whole = (
-        np.asarray(small.logits(model, tree, batch)) for tree in (quantized(kind), made_whole(quantized(kind)))
-    )
-    assert np.sqrt(np.mean(np.square(ours - whole))) < 0.1 * whole.std()
 
 
 @KINDS
@@ -120,6 +109,9 @@ def test_one_dense_layer_without_a_scan(kind):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 32)), jnp.float32)
     ours, whole = (dense.apply({"params": tree}, x) for tree in (query, made_whole(query)))
     np.testing.assert_allclose(ours, whole, atol=1e-5)
+    half = dense.clone(dtype=jnp.bfloat16).apply({"params": query}, x)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.02 * np.abs(whole).max())
 
 
 def test_what_cannot_be_quantised_is_refused():
