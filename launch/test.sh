@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Lints and tests. `launch/test.sh` needs nothing but Python; `--parity` also installs PyTorch (CPU) and compares with
-# it. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
+# Lints and tests. `launch/test.sh` needs nothing but Python; `--parity` also installs PyTorch (CPU) and bitsandbytes
+# and compares with them. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 torch_version=2.13.0
+bitsandbytes_version=0.50.2
 
 # A CPU build of PyTorch is 20 times smaller than the default one of Linux, but lives on an index of its own. The first
 # try costs a second and finds it wherever pip is already set up to; the last takes whatever the usual index has.
@@ -19,6 +20,17 @@ install_torch() {
     "${pip[@]}" "torch==$torch_version" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
     "${pip[@]}" "torch==$torch_version" ||
     fail "PyTorch $torch_version could not be installed; run without --parity, or install it yourself."
+}
+
+# Without its dependencies: the one that matters is PyTorch, and that is there.
+install_bitsandbytes() {
+  if python -c "import sys; from importlib.metadata import version; \
+    sys.exit(version('bitsandbytes') != '$bitsandbytes_version')" 2>/dev/null; then
+    return
+  fi
+  printf 'installing bitsandbytes %s for the parity tests\n' "$bitsandbytes_version"
+  python -m pip install --quiet --disable-pip-version-check --no-deps "bitsandbytes==$bitsandbytes_version" ||
+    fail "bitsandbytes $bitsandbytes_version could not be installed; run without --parity, or install it yourself."
 }
 
 parity=false
@@ -43,6 +55,7 @@ printf '== tests\n'
 pytest=(python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadscope)
 if [[ "$parity" == true ]]; then
   install_torch
+  install_bitsandbytes
 else
   pytest+=(--ignore=tests/parity)
 fi

@@ -1,5 +1,6 @@
 """The two parameterised pieces every module is made of: dense projections over named axes, and norms."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import linen as nn
 
 from phantom_jax import axes
 from phantom_jax.ops import norm
+from phantom_jax.ops.quantize import QuantizedTensor, matmul
 
 
 def scaled_normal(fan_in: int, gain: float = 1.0) -> Any:
@@ -18,6 +20,8 @@ def scaled_normal(fan_in: int, gain: float = 1.0) -> Any:
 
 class Dense(nn.Module):
     """Linear map of the last `len(input_shape)` axes to `output_shape`, with logical axis names.
+
+    Initialisation gives a float kernel; where the parameters hold a `QuantizedTensor` in its place, that is used.
 
     Attributes:
       input_shape, output_shape: sizes of the contracted and of the new axes.
@@ -40,16 +44,20 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, outputs = tuple(self.input_shape), tuple(self.output_shape)
-        fan_in = 1
-        for size in inputs:
-            fan_in *= size
-        init = nn.with_logical_partitioning(scaled_normal(fan_in, self.gain), (*self.input_axes, *self.output_axes))
-        kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32).astype(self.dtype)
-        contracted = len(inputs)
-        dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype), kernel, (dimensions, ((), ())), preferred_element_type=self.output_dtype
-        )
+        # Asked for first: `param` compares the leaves it finds with the shape of a float kernel.
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, QuantizedTensor):
+            y = matmul(x, kernel, self.dtype, self.output_dtype)
+        else:
+            init = nn.with_logical_partitioning(
+                scaled_normal(math.prod(inputs), self.gain), (*self.input_axes, *self.output_axes)
+            )
+            kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32).astype(self.dtype)
+            contracted = len(inputs)
+            dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
+            y = jax.lax.dot_general(
+                x.astype(self.dtype), kernel, (dimensions, ((), ())), preferred_element_type=self.output_dtype
+            )
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.output_axes))
             bias = self.param("bias", bias_init, outputs, jnp.float32).astype(self.dtype)

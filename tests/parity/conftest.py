@@ -1,5 +1,9 @@
-"""These tests compare with PyTorch. `launch/test.sh --parity` installs it; without it they are not collected."""
+"""These tests compare with PyTorch and bitsandbytes. `launch/test.sh --parity` installs both; without PyTorch none is
+collected, and without bitsandbytes those of quantised weights are not."""
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["*_test.py"]
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob = ["*_test.py"]
+elif importlib.util.find_spec("bitsandbytes") is None:
+    collect_ignore_glob = ["quantize_test.py"]

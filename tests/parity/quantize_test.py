@@ -1,0 +1,88 @@
+"""The same NF4 as bitsandbytes: codes, bytes and numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional
+
+from phantom_jax.ops import quantize
+
+SHAPES = pytest.mark.parametrize("outputs, inputs", [(96, 128), (300, 896), (7, 64)])
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def both(outputs, inputs, dtype):
+    """Weights as bitsandbytes has them, [outputs, inputs], what it makes of them, and our tensor of their transpose."""
+    weights = 0.02 * np.random.default_rng(0).standard_t(4, (outputs, inputs)).astype(np.float32)
+    theirs = torch.as_tensor(weights).to(getattr(torch, dtype))
+    packed, state = functional.quantize_4bit(theirs, blocksize=64, quant_type="nf4", compress_statistics=True)
+    kernel = jnp.asarray(weights.T).astype(dtype)
+    return theirs, packed, state, quantize.quantize(kernel, "nf4", inputs=1)
+
+
+def test_the_levels_are_those_of_bitsandbytes():
+    np.testing.assert_array_equal(quantize.NF4_LEVELS, functional.get_4bit_type("nf4", device="cpu").numpy())
+    # Theirs are computed from boundaries in float32, one rounding further off.
+    np.testing.assert_allclose(quantize.SCALE_LEVELS, functional.create_dynamic_map().numpy(), rtol=2e-7)
+
+
+@SHAPES
+@DTYPES
+def test_codes_are_packed_into_the_same_bytes(outputs, inputs, dtype):
+    _, packed, _, ours = both(outputs, inputs, dtype)
+    np.testing.assert_array_equal(np.asarray(ours.codes).ravel(), packed.numpy().ravel())
+
+
+@SHAPES
+@DTYPES
+def test_block_magnitudes_take_the_same_levels(outputs, inputs, dtype):
+    """Both choose the nearest of 256 levels; on a CPU bitsandbytes first rounds to a grid of 2^16 points."""
+    theirs, _, state, ours = both(outputs, inputs, dtype)
+    np.testing.assert_allclose(ours.block_mean, state.offset.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(ours.scales, state.state2.absmax.numpy(), rtol=1e-6)
+    deviations = theirs.float().numpy().reshape(-1, 64)
+    deviations = np.abs(deviations).max(axis=1) - state.offset.numpy()
+    relative = deviations / np.repeat(np.asarray(ours.scales), 256)[: deviations.size]
+    our_codes, their_codes = np.asarray(ours.block_codes).ravel(), state.absmax.numpy().ravel()
+    distance = [np.abs(quantize.SCALE_LEVELS[codes] - relative) for codes in (our_codes, their_codes)]
+    assert (distance[0] <= distance[1] + 1e-6).all()
+    assert (distance[1] <= distance[0] + 2**-15 + 1e-6).all()
+    assert (our_codes == their_codes).mean() > 0.99
+
+
+@SHAPES
+@DTYPES
+def test_bitsandbytes_reads_our_tensor_as_we_do(outputs, inputs, dtype):
+    theirs, _, state, ours = both(outputs, inputs, dtype)
+    second = functional.QuantState(
+        absmax=torch.as_tensor(np.array(ours.scales)), code=state.state2.code, blocksize=256, dtype=torch.float32
+    )
+    read = functional.dequantize_4bit(
+        torch.as_tensor(np.array(ours.codes)).reshape(-1, 1),
+        functional.QuantState(
+            absmax=torch.as_tensor(np.array(ours.block_codes)).reshape(-1),
+            shape=theirs.shape,
+            code=state.code,
+            blocksize=64,
+            quant_type="nf4",
+            dtype=torch.float32,
+            offset=torch.as_tensor(np.array(ours.block_mean)),
+            state2=second,
+        ),
+    )
+    np.testing.assert_allclose(quantize.dequantize(ours, jnp.float32).T, read.numpy(), rtol=2e-6, atol=1e-8)
+
+
+@SHAPES
+@DTYPES
+def test_dequantised_weights_are_equal(outputs, inputs, dtype):
+    """To the levels of block magnitudes in the middle of which the two may choose differently."""
+    _, packed, state, ours = both(outputs, inputs, dtype)
+    state.dtype = torch.float32
+    expected = functional.dequantize_4bit(packed, state).numpy()
+    error = np.abs(np.asarray(quantize.dequantize(ours, jnp.float32)).T - expected)
+    same = np.asarray(ours.block_codes).ravel() == state.absmax.numpy().ravel()
+    assert (error.reshape(-1, 64)[same] <= 1e-6 * np.abs(expected).max()).all()
+    widest = np.diff(quantize.SCALE_LEVELS).max() * np.asarray(ours.scales).max()
+    assert error.max() <= 1.001 * widest
