@@ -16,6 +16,7 @@ import numpy as np
 from phantom_jax.checkpoints import hf, native
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.hf_config import FORMATS, Published, TokenIds, publish
+from phantom_jax.checkpoints.hf_processor import load_processor
 from phantom_jax.data.conversation import Turn
 from phantom_jax.data.stop_strings import check_stops
 from phantom_jax.data.text import AnswerText
@@ -26,7 +27,7 @@ from phantom_jax.models.decoder import stack_layers, unstack_layers
 from phantom_jax.models.quantization import quantize_params
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
 from phantom_jax.ops.quantize import QuantizedTensor
-from phantom_jax.processor import Processor, load_processor
+from phantom_jax.processor import Processor
 from phantom_jax.sharding.mesh import make_mesh
 from phantom_jax.sharding.rules import DECODING, parameter_shardings
 
@@ -217,7 +218,7 @@ def load(
         Phantom that of its language model, for a published LLaVA `vicuna_v1`.
       quantize: `int8` or `nf4`, for the weights of the language model's layers; None leaves them as they are.
       int8_cache: keep keys and values of past tokens in 8 bits, each head with a scale of its own.
-      mesh: sizes of mesh axes over which weights and cache are split, {"tensor": 8} for instance; None takes one device.
+      mesh: sizes of mesh axes over which weights and cache are split, {"tensor": 8} for instance; None: one device.
 
     Raises:
       InputError: there is no model in the folder, it is not complete, or there is no such template, quantisation or
@@ -261,7 +262,7 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
 def read(
     path: str | os.PathLike[str], *, template: str | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[Checkpoint, Processor | None]:
-    """A model folder as it is stored; arguments and errors as of `load`. Our own layout is read straight onto a mesh."""
+    """A model folder as it is stored, our own layout straight onto the mesh; arguments and errors as of `load`."""
     directory = pathlib.Path(path)
     if not directory.is_dir():
         raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
