@@ -28,8 +28,9 @@ import numpy as np
 from flax.linen import meta
 
 from phantom_jax.generation import decode
-from phantom_jax.generation.prefix import first_token_states, left_padded
+from phantom_jax.generation.prefix import first_token_states
 from phantom_jax.generation.settings import Settings, controls
+from phantom_jax.generation.slots import left_padded
 from phantom_jax.models.cache import empty_cache
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig

@@ -16,9 +16,9 @@ import numpy as np
 from phantom_jax.data.stop_strings import check_stops
 from phantom_jax.errors import InputError
 from phantom_jax.generation import decode
-from phantom_jax.generation.prefix import PrefixCache, first_token_states, left_padded
+from phantom_jax.generation.prefix import PrefixCache, first_token_states
 from phantom_jax.generation.settings import Controls, Settings, controls
-from phantom_jax.generation.slots import bucket, place_prefix
+from phantom_jax.generation.slots import bucket, left_padded, place_prefix
 from phantom_jax.generation.stops import StopTable, stop_table
 from phantom_jax.models.cache import Cache, empty_cache
 from phantom_jax.models.phantom import PhantomStates

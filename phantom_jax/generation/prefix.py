@@ -38,7 +38,7 @@ def first_token_states(model: VisionLanguageModel, params: Any, token: jax.Array
     return tuple(layer.phantom for layer in output.cache.layers)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "pixel_statistics", "rope_length"))
+@functools.partial(jax.jit, static_argnames=("model", "pixel_statistics", "slots", "rope_length"))
 def extend(
     model: VisionLanguageModel,
     params: Any,
@@ -46,23 +46,24 @@ def extend(
     batch: Mapping[str, jax.Array],
     *,
     pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    slots: int,
     rope_length: int,
 ) -> Cache:
-    """A cache [1, S + L, ...] with more tokens [1, L] behind those of `cache` [1, S, ...].
+    """A cache [1, slots, ...] with more tokens [1, L] behind those of `cache` [1, S, ...].
 
     Args:
       model: a bare module with `scan_layers=False`.
       params: its parameters.
-      cache: what was read before; may have no slots.
-      batch: `token_ids`, `positions`, `segment_ids`, and with images `image_slots` and uint8 `pixels`.
+      cache: what was read before, its tokens in the first `cache.length` slots; may have no slots.
+      batch: `token_ids`, `positions`, `segment_ids`, RIGHT padded, and with images `image_slots` and uint8 `pixels`.
       pixel_statistics: mean and standard deviation of pixels from 0 to 1.
+      slots: at least `cache.length` + L.
       rope_length: longest conversation; static.
     """
     batch = dict(batch)
     if "pixels" in batch:
         batch["pixels"] = normalize_pixels(batch["pixels"], *pixel_statistics)
-    slots = cache.structure.shape[1]
-    more = batch["token_ids"].shape[1]
+    more = slots - cache.structure.shape[1]
 
     def grow(x):
         return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2))
@@ -71,9 +72,10 @@ def extend(
         dataclasses.replace(jax.tree.map(grow, dataclasses.replace(layer, phantom=None)), phantom=layer.phantom)
         for layer in cache.layers
     )
-    cache = Cache(layers, jax.tree.map(grow, cache.structure), jnp.asarray(slots, jnp.int32))
-    output = model.apply({"params": params}, batch, rope_length=rope_length, cache=cache, method="hidden_states")
-    return output.cache
+    grown = Cache(layers, jax.tree.map(grow, cache.structure), cache.length)
+    output = model.apply({"params": params}, batch, rope_length=rope_length, cache=grown, method="hidden_states")
+    # What comes next overwrites the padding.
+    return dataclasses.replace(output.cache, length=cache.length + jnp.sum(batch["segment_ids"], dtype=jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,25 +136,32 @@ class PrefixCache:
         if known == len(token_ids):
             return found.cache
         self.tokens_read += len(token_ids) - known
+        before = found.cache if found else empty
+        batch = self._batch(token_ids, image_slots, tiles, known, used)
         cache = extend(
             self._model,
             self._params,
-            found.cache if found else empty,
-            self._batch(token_ids, image_slots, tiles, known, used),
+            before,
+            batch,
             pixel_statistics=self._pixel_statistics,
+            slots=max(before.structure.shape[1], bucket(known + batch["token_ids"].shape[1])),
             rope_length=rope_length,
         )
         self._keep(key(token_ids, len(tiles)), _Entry(token_ids.copy(), len(tiles), cache))
         return cache
 
     def _batch(self, token_ids, image_slots, tiles, known, used) -> dict[str, np.ndarray]:
-        """Tokens from `known` on, left padded, with tiles from `used` on."""
-        batch = left_padded([token_ids[known:]], [known], length=bucket(len(token_ids) - known))
+        """Tokens from `known` on, right padded, with tiles from `used` on."""
+        new = token_ids[known:]
+        shape = (1, bucket(len(new)))
+        batch = {name: np.zeros(shape, np.int32) for name in ("token_ids", "positions", "segment_ids")}
+        batch["token_ids"][0, : len(new)] = new
+        batch["positions"][0, : len(new)] = np.arange(known, len(token_ids))
+        batch["segment_ids"][0, : len(new)] = 1
         if len(tiles) > used:
-            slots = np.full_like(batch["token_ids"], -1)
+            slots = np.full(shape, -1, np.int32)
             before = int((image_slots[:known] >= 0).sum())
-            new = image_slots[known:]
-            slots[0, slots.shape[1] - len(new) :] = np.where(new >= 0, new - before, -1)
+            slots[0, : len(new)] = np.where(image_slots[known:] >= 0, image_slots[known:] - before, -1)
             batch |= {"image_slots": slots, "pixels": tiles[None, used:]}
         return batch
 
@@ -169,15 +178,3 @@ class PrefixCache:
         self._entries[key] = entry
         while self.bytes > self.capacity:
             self._entries.popitem(last=False)
-
-
-def left_padded(rows: list[np.ndarray], starts: list[int], *, length: int) -> dict[str, np.ndarray]:
-    """Token ids, positions and segments [B, length] of rows that go on at position `starts[row]`."""
-    shape = (len(rows), length)
-    batch = {name: np.zeros(shape, np.int32) for name in ("token_ids", "positions", "segment_ids")}
-    for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
-        first = length - len(ids)
-        batch["token_ids"][row, first:] = ids
-        batch["positions"][row, first:] = np.arange(start, start + len(ids))
-        batch["segment_ids"][row, first:] = 1
-    return batch

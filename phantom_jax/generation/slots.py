@@ -10,16 +10,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from phantom_jax.models.cache import Cache, LayerCache
-from phantom_jax.ops.attention import Structure
 
 
-def bucket(count: int, least: int = 16) -> int:
-    """The smallest of `least`, 1.5 `least`, 2 `least`, 3 `least`, 4 `least`, ... that is `count` or more."""
-    size = least
+def bucket(count: int) -> int:
+    """The smallest of 16, 32, 64, 128, 256, 384, 512, 768, 1024, ... that is `count` or more.
+
+    Few sizes compile few programs; from 256 on, where empty slots begin to cost time, there are two to a doubling.
+    """
+    size = 16
     while size < count:
-        if size * 3 // 2 >= count and size > 1:
+        if size >= 256 and size * 3 // 2 >= count:
             return size * 3 // 2
         size *= 2
     return size
@@ -61,7 +64,13 @@ def _tokens(layer: LayerCache) -> LayerCache:
     return dataclasses.replace(layer, phantom=None)
 
 
-def padding_structure(rows: int, slots: int) -> Structure:
-    """Slots that nothing sees."""
-    zeros = jnp.zeros((rows, slots), jnp.int32)
-    return Structure(zeros, zeros, zeros)
+def left_padded(rows: list[np.ndarray], starts: list[int], *, length: int) -> dict[str, np.ndarray]:
+    """Token ids, positions and segments [B, length] of rows that go on at position `starts[row]`."""
+    shape = (len(rows), length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("token_ids", "positions", "segment_ids")}
+    for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+        first = length - len(ids)
+        batch["token_ids"][row, first:] = ids
+        batch["positions"][row, first:] = np.arange(start, start + len(ids))
+        batch["segment_ids"][row, first:] = 1
+    return batch
