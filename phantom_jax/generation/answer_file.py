@@ -159,6 +159,8 @@ def answer_prompts(handle: Any, answers: AnswerFile, *, batch_size: int, setting
       settings: fields of `Settings`, those that `answers` was made with.
     """
     total = len(answers.prompts)
+    if answers.done == total:
+        return
     progress = _Bar if sys.stderr.isatty() else _Lines
     with progress(total, answers.done) as shown:
         for start in range(answers.done - answers.done % batch_size, total, batch_size):
@@ -246,5 +248,6 @@ class _Lines:
             return
         self._last = now
         seconds = (now - self._start) / (done - self._before)
-        left = f", about {seconds * (self._total - done) / 60:.0f} min left" if done < self._total else ""
+        rest = tqdm.tqdm.format_interval(seconds * (self._total - done))
+        left = f", about {rest} left" if done < self._total else ""
         print(f"answered {done:,} of {self._total:,} prompts{left}", file=sys.stderr, flush=True)
