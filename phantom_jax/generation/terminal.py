@@ -114,6 +114,7 @@ class _Terminal:
             self._say(f"({image.name}, {width} x {height} pixels, goes with the next question)")
 
     def _answer(self, text: str) -> None:
+        turns = self._chat.turns
         try:
             with contextlib.closing(self._chat.ask(text)) as pieces:
                 for piece in pieces:
@@ -122,7 +123,8 @@ class _Terminal:
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
-            self._say("\n(stopped)")
+            unanswered = self._chat.turns is turns
+            self._say("\n(stopped: nothing was said, the question does not count)" if unanswered else "\n(stopped)")
         else:
             self._say("")
 

@@ -1,5 +1,6 @@
 """Files of answers: their fields, going on after a kill, and what is never written over."""
 
+import io
 import json
 import os
 import signal
@@ -61,6 +62,14 @@ def test_the_fields_of_an_answer(questions, model, tmp_path, capsys):
     assert not shown.out and "answered 8 of 8 prompts\n" in shown.err and "\r" not in shown.err
 
 
+def test_a_terminal_has_a_progress_bar(questions, model, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    _answer(questions, tmp_path / "out.jsonl", model)
+    assert screen.getvalue().rstrip().split("\r")[-1].startswith("100%") and "answered" not in screen.getvalue()
+
+
 def test_several_answers_are_a_list(questions, model, tmp_path):
     _answer(questions, tmp_path / "out.jsonl", model, num_answers=2, temperature=1.0)
     first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
@@ -85,15 +94,15 @@ def test_going_on_gives_the_same_file(lines, half, questions, model, tmp_path):
 def test_a_killed_run_goes_on_in_another_process(questions, model, tmp_path, repository):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     _answer(questions, whole, model)
-    command = [sys.executable, "-m", "tests.generation.fake", "answer", questions, output, model]
-    process = subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
+    run = [sys.executable, "-m", "tests.generation.fake", "answer"]
+    process = subprocess.Popen([*run, "hanging", questions, output, model], cwd=repository, stderr=subprocess.DEVNULL)
     while not (output.exists() and output.stat().st_size):
         assert process.poll() is None
-        time.sleep(0.005)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert len(output.read_bytes()) < len(whole.read_bytes())
-    subprocess.run(command, cwd=repository, check=True, stderr=subprocess.DEVNULL)
+    assert output.read_bytes().count(b"\n") == 3
+    subprocess.run([*run, "whole", questions, output, model], cwd=repository, check=True, stderr=subprocess.DEVNULL)
     assert output.read_bytes() == whole.read_bytes()
 
 

@@ -30,34 +30,47 @@ class Handle:
       asked: (question, images, history, settings) of every answer.
     """
 
-    def __init__(self, seconds=0.0, max_length=64):
+    def __init__(self, max_length=64):
         self.processor = make_processor(max_length=max_length)
         self.asked = []
-        self._seconds = seconds
 
     def stream(self, prompt, *, images=(), history=(), **settings):
         self.processor.encode_prompt(prompt, images, history=history)
         self.asked.append((prompt, list(images), list(history), settings))
-        for letter in reversed(prompt):
-            time.sleep(self._seconds)
-            yield letter
+        yield from reversed(prompt)
 
     def generate(self, prompts, *, images, batch_size, **settings):
         assert len(prompts) == len(images) <= batch_size
         self.asked.append((list(prompts), list(images), batch_size, settings))
-        time.sleep(self._seconds)
         answers = ["".join(reversed(prompt)) for prompt in prompts]
         count = settings.get("num_answers", 1)
         return answers if count == 1 else [[f"{answer} {number}" for number in range(count)] for answer in answers]
 
 
-def main(what, *paths):
+class Hanging(Handle):
+    """Never comes to the end of an answer: not to the first word of "silence", and of a file to one batch."""
+
+    def stream(self, prompt, **rest):
+        if prompt == "silence":
+            print("thinking", file=sys.stderr)
+        else:
+            yield from super().stream(prompt, **rest)
+        time.sleep(3600)
+
+    def generate(self, prompts, **rest):
+        if self.asked:
+            time.sleep(3600)
+        return super().generate(prompts, **rest)
+
+
+def main(what, kind, *paths):
+    handle = {"whole": Handle, "hanging": Hanging}[kind](max_length=512)
     if what == "chat":
-        run(Handle(seconds=0.02, max_length=512), input=sys.stdin, output=sys.stdout)
+        run(handle, input=sys.stdin, output=sys.stdout)
         return
     prompts, output, model = paths
     with AnswerFile(output, read_prompts(prompts), model=model, settings=Settings(), options={}) as answers:
-        answer_prompts(Handle(seconds=0.1), answers, batch_size=3, settings={})
+        answer_prompts(handle, answers, batch_size=3, settings={})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_beams_are_refused_at_once():
 
 
 def test_input_that_is_not_utf8(repository):
-    command = [sys.executable, "-m", "tests.generation.fake", "chat"]
+    command = [sys.executable, "-m", "tests.generation.fake", "chat", "whole"]
     done = subprocess.run(command, input=b"a\xffb\n/exit\n", cwd=repository, capture_output=True, check=True)
     assert done.stdout.decode() == "b\N{REPLACEMENT CHARACTER}a\n" and not done.stderr
 
@@ -95,31 +96,56 @@ class _Typist:
 
     def wait_for(self, text):
         """What is shown up to this text, which must come."""
-        while text not in self.shown:
+        for _ in range(60):
+            if self._shows(text, seconds=2):
+                before, self.shown = self.shown.split(text, 1)
+                return before
+        raise AssertionError(f"{text!r} does not come after {self.shown!r}")
+
+    def interrupt(self, text):
+        """Ctrl-C, until this text is shown: the first may come before the program listens."""
+        for _ in range(60):
+            os.kill(self.process.pid, signal.SIGINT)
+            if self._shows(text, seconds=2):
+                return self.wait_for(text)
+        raise AssertionError(f"{text!r} does not come after {self.shown!r}")
+
+    def _shows(self, text, seconds):
+        while text not in self.shown and select.select([self._screen], [], [], seconds)[0]:
             self.shown += os.read(self._screen, 4096).decode()
-        before, self.shown = self.shown.split(text, 1)
-        return before
+        return text in self.shown
 
     def type(self, text):
         os.write(self._screen, text.encode())
 
-    def interrupt(self):
-        os.kill(self.process.pid, signal.SIGINT)
+
+def _start(repository, kind):
+    typist = _Typist([sys.executable, "-m", "tests.generation.fake", "chat", kind], repository)
+    typist.wait_for("you> ")
+    return typist
 
 
 def test_a_terminal(repository):
-    typist = _Typist([sys.executable, "-m", "tests.generation.fake", "chat"], repository)
-    typist.wait_for("you> ")
-    typist.interrupt()
-    typist.wait_for("/exit or Ctrl-D leaves")
+    typist = _start(repository, "whole")
+    typist.interrupt("/exit or Ctrl-D leaves")
     typist.wait_for("you> ")
     typist.type("abc\n")
     assert "cba" in typist.wait_for("you> ")
-    typist.type("0123456789" * 10 + "\n")
-    typist.wait_for("987654")
-    typist.interrupt()
-    said = typist.wait_for("(stopped)")
-    assert len(said) < 94
-    typist.wait_for("you> ")
+    typist.type("/reset\n")
+    assert "starts anew" in typist.wait_for("you> ")
     typist.type("\x04")
-    assert typist.process.wait(timeout=60) == 0
+    assert typist.process.wait(timeout=120) == 0
+
+
+def test_an_answer_is_stopped_in_a_terminal(repository):
+    typist = _start(repository, "hanging")
+    typist.type("silence\n")
+    typist.wait_for("thinking")
+    typist.interrupt("(stopped: nothing was said, the question does not count)")
+    typist.wait_for("you> ")
+    typist.type("abc\n")
+    typist.wait_for("cba")
+    typist.interrupt("(stopped)")
+    typist.wait_for("you> ")
+    typist.type("/exit\n")
+    assert typist.process.wait(timeout=120) == 0
