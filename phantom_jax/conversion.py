@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from phantom_jax.pretrained import VisionLanguage, load, save
+from phantom_jax.checkpoints.hf import Checkpoint
+from phantom_jax.pretrained import read, write
 from phantom_jax.trees import flatten
 
 
@@ -24,13 +25,13 @@ def convert(source: str, target: str, *, layout: str, verify: bool = False) -> s
       InputError: the target holds files, or the model has no form in that layout. Nothing is overwritten.
       RuntimeError: what was written reads back differently.
     """
-    handle = load(source)
-    save(handle, target, format=layout)
-    arrays = _arrays(handle)
+    checkpoint, processor = read(source)
+    write(checkpoint, processor, target, format=layout)
+    arrays = _arrays(checkpoint)
     size = sum(array.size for array in arrays.values())
     line = f"wrote {len(arrays)} arrays, {size:,} parameters, to {target} ({layout})"
     if verify:
-        differing = differences(arrays, _arrays(load(target)))
+        differing = differences(arrays, _arrays(read(target)[0]))
         if differing:
             raise RuntimeError(f"what was written to {target!r} reads back differently: {'; '.join(differing)}")
         line += "; read back, all equal"
@@ -49,7 +50,7 @@ def differences(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray])
     return found
 
 
-def _arrays(handle: VisionLanguage) -> dict[str, np.ndarray]:
+def _arrays(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """All arrays of a model by path, those included that a file holds and no computation uses."""
-    trees = {"params": handle.checkpoint.params, "unused": handle.checkpoint.unused}
+    trees = {"params": checkpoint.params, "unused": checkpoint.unused}
     return {path: np.asarray(leaf) for path, leaf in flatten(trees).items()}

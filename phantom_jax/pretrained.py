@@ -1,11 +1,12 @@
 """The library in three lines: `load(path)`, `handle.generate(...)`, `save(handle, path, format=...)`."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,18 +15,24 @@ import numpy as np
 
 from phantom_jax.checkpoints import hf, native
 from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.checkpoints.hf_config import FORMATS, publish
+from phantom_jax.checkpoints.hf_config import FORMATS, Published, TokenIds, publish
 from phantom_jax.checkpoints.hf_processor import load_processor
+from phantom_jax.data.conversation import Turn
+from phantom_jax.data.stop_strings import check_stops
+from phantom_jax.data.text import AnswerText
 from phantom_jax.errors import InputError
-from phantom_jax.generation.decode import greedy
-from phantom_jax.models.vlm import VisionLanguageModel
-from phantom_jax.ops.image import normalize_pixels
-from phantom_jax.ops.rope import canonical_length
-from phantom_jax.processor import Processor, pad_prompts
+from phantom_jax.generation.engine import Engine
+from phantom_jax.generation.settings import Settings
+from phantom_jax.models.decoder import stack_layers, unstack_layers
+from phantom_jax.models.quantization import quantize_params
+from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
+from phantom_jax.ops.quantize import QuantizedTensor
+from phantom_jax.processor import Processor
+from phantom_jax.sharding.mesh import make_mesh
+from phantom_jax.sharding.rules import DECODING, parameter_shardings
 
-# Prompts are padded to a multiple, so that prompts of similar length share one compiled program.
-_LENGTH_BUCKET = 64
-_NEW_TOKENS = 64
+BATCH_SIZE = 32
+"""Prompts that are answered at once where nothing else is said."""
 
 
 @dataclasses.dataclass
@@ -33,82 +40,175 @@ class VisionLanguage:
     """A model with its weights and everything around it.
 
     Attributes:
-      model: the Linen module, in its compute dtype.
-      params: nested dict of arrays.
+      model: the Linen module, in its compute dtype, with `scan_layers=False`.
+      params: nested dict of its arrays; each layer of the language model has its own.
       processor: tokenizer, template and tiles; None where the folder holds none.
-      checkpoint: the same weights with what `save` needs besides them.
+      published: the outside layout it came from.
+      tokens: special ids.
+      unused: tensors that the published file holds and no computation uses.
+      int8_cache: whether keys and values of past tokens are kept in 8 bits.
+      mesh: the devices that weights and cache are split over; None for one device.
     """
 
     model: VisionLanguageModel
+    params: dict[str, Any]
     processor: Processor | None
-    checkpoint: Checkpoint
-
-    @property
-    def params(self) -> Any:
-        return self.checkpoint.params
+    published: Published
+    tokens: TokenIds
+    unused: Mapping[str, Any]
+    int8_cache: bool = False
+    mesh: jax.sharding.Mesh | None = None
 
     def generate(
-        self, prompt: str | Sequence[str], *, images: Sequence[Any] = (), max_new_tokens: int | None = None
-    ) -> str | list[str]:
-        """Answers one question, or several at once; greedy.
+        self,
+        prompt: str | Sequence[str],
+        *,
+        images: Sequence[Any] = (),
+        history: Sequence[Turn] = (),
+        batch_size: int = BATCH_SIZE,
+        **settings: Any,
+    ) -> Any:
+        """Answers one question, or several.
 
         Args:
           prompt: a question, or a list of them. `<image>` says where an image stands; without it, images come first.
-          images: paths, encoded bytes or open images; for a list of questions, a list of such lists.
-          max_new_tokens: longest answer in tokens, its end marker included; by default 64, or what the context leaves.
+          images: paths, encoded bytes or open images, of all turns in order; for a list of questions, a list of such
+            lists. What prompts have in common (images, history) is encoded and read once.
+          history: earlier questions and answers; for one question only.
+          batch_size: of a list of questions, how many are answered at once.
+          **settings: fields of `generation.settings.Settings`.
 
         Returns:
-          The answer, or one for each question.
+          The answer, or one for each question. With `num_answers` above 1 each is a list.
 
         Raises:
-          InputError: an image cannot be read, marks and images do not fit, or the prompt leaves no room in the context.
+          InputError: a setting is wrong, an image cannot be read, marks and images do not fit, or the prompt leaves no
+            room in the context.
         """
-        if isinstance(images, str | bytes | os.PathLike):
-            raise InputError("images is one image: give a list of them, images=[path] for instance")
+        asked = Settings.of(settings)
+        _check_images(images)
         if isinstance(prompt, str):
-            return self.generate([prompt], images=[images], max_new_tokens=max_new_tokens)[0]
+            encoded = self._processor().encode_prompt(prompt, images, history=history)
+            return self._answer([encoded], asked)[0]
         if not isinstance(prompt, list | tuple):
             raise InputError(f"prompt is {type(prompt).__name__}: give a question, or a list of questions")
-        if not prompt:
-            return []
-        processor = self._processor()
+        if history:
+            raise InputError(f"{len(prompt)} prompts have no common history: ask them one by one")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}: set it to a whole number, 1 or more")
         if len(images) not in (0, len(prompt)):
             raise InputError(f"{len(prompt)} prompts need as many lists of images, got {len(images)}")
-        prompts = [
-            processor.encode_prompt(text, paths)
-            for text, paths in zip(prompt, images or [()] * len(prompt), strict=True)
-        ]
-        longest = max(len(item.token_ids) for item in prompts)
-        room = processor.max_length - longest
-        if room < (max_new_tokens or 1):
+        answers: list[Any] = []
+        for first in range(0, len(prompt), batch_size):
+            batch = slice(first, first + batch_size)
+            questions, pictures = prompt[batch], images[batch] or [()] * len(prompt[batch])
+            for item in pictures:
+                _check_images(item)
+            encoded = [
+                self._processor().encode_prompt(question, item)
+                for question, item in zip(questions, pictures, strict=True)
+            ]
+            answers += self._answer(encoded, asked)
+        return answers
+
+    def stream(
+        self, prompt: str, *, images: Sequence[Any] = (), history: Sequence[Turn] = (), **settings: Any
+    ) -> Iterator[str]:
+        """The answer to one question in pieces of whole code points; joined they are what `generate` returns.
+
+        Arguments and errors as of `generate`. The prompt is checked at once, not when the first piece is asked for.
+
+        Raises:
+          InputError: also with beams, or with several answers.
+        """
+        asked = Settings.of(settings)
+        if asked.num_beams > 1:
             raise InputError(
-                f"a prompt of {longest} tokens leaves {room} of the context's {processor.max_length} for the answer: "
-                f"shorten the prompt" + (f", or set max_new_tokens={max_new_tokens} to at most {room}" if room else "")
+                f"num_beams={asked.num_beams} cannot be streamed: which beam is best is known when all are whole; set "
+                "num_beams=1, or do not stream"
             )
-        max_new_tokens = max_new_tokens or min(_NEW_TOKENS, room)
-        length = min(-(-longest // _LENGTH_BUCKET) * _LENGTH_BUCKET, processor.max_length)
-        batch = dict(pad_prompts(prompts, pad_id=processor.pad_id, length=length))
-        pixels = batch.pop("pixels")
-        if pixels.shape[1]:
-            batch["pixels"] = normalize_pixels(jax.device_put(pixels), processor.mean, processor.std)
-        tokens = greedy(
-            self.model,
-            self.params,
-            batch,
-            max_new_tokens=max_new_tokens,
-            eos_ids=tuple(sorted({*self.checkpoint.tokens.eos, processor.end_id})),
-            pad_id=processor.pad_id,
-            rope_length=canonical_length(self.checkpoint.config.language_model.rope, longest + max_new_tokens),
-        )
-        return [processor.decode(row) for row in np.asarray(tokens)]
+        if asked.num_answers > 1:
+            raise InputError(f"num_answers={asked.num_answers} cannot be streamed: set num_answers=1, or do not stream")
+        _check_images(images)
+        encoded = self._processor().encode_prompt(prompt, images, history=history)
+        tokens = self.engine.stream(encoded, asked)
+        return _pieces(tokens, self._text(asked))
+
+    def _answer(self, prompts, settings: Settings) -> list[Any]:
+        texts = []
+        for answers in self.engine.answer(prompts, settings):
+            whole = ["".join(_pieces([tokens], self._text(settings))) for tokens in answers]
+            texts.append(whole if settings.num_answers > 1 else whole[0])
+        return texts
+
+    def _text(self, settings: Settings) -> AnswerText:
+        """What turns the tokens of one answer into text."""
+        processor = self._processor()
+        stops, stop_ids = check_stops(settings.stop, processor.tokenizer)
+        end_ids = {*self._end_ids, *stop_ids}
+        return AnswerText(processor.token_bytes, end_ids=end_ids, stops=stops, min_new_tokens=settings.min_new_tokens)
 
     def _processor(self) -> Processor:
         if self.processor is None:
             raise InputError("the model has no tokenizer: load a folder with processor_config.json and tokenizer files")
         return self.processor
 
+    @property
+    def _end_ids(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.tokens.eos, self._processor().end_id}))
 
-def load(path: str | os.PathLike[str], *, dtype: Any = None, template: str | None = None) -> VisionLanguage:
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """What generates; holds the prefixes that later prompts may share."""
+        return Engine(
+            self.model,
+            self.params,
+            self._processor(),
+            end_ids=self._end_ids,
+            int8_cache=self.int8_cache,
+            mesh=self.mesh,
+        )
+
+    def checkpoint(self) -> Checkpoint:
+        """The model at rest, its layers stacked, in host memory.
+
+        Raises:
+          InputError: its weights are quantised.
+        """
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+        kinds = {leaf.kind for leaf in leaves if isinstance(leaf, QuantizedTensor)}
+        if kinds:
+            raise InputError(f"the weights are quantised to {kinds.pop()}, no layout holds that: load without quantize")
+        params = dict(self.params)
+        params["language_model"] = stack_layers(params["language_model"])
+        return Checkpoint(self.model.config, params, self.unused, self.published, self.tokens)
+
+
+def _pieces(tokens: Iterable[np.ndarray], text: AnswerText) -> Iterator[str]:
+    """The text of one answer, whose tokens come some at a time."""
+    for some in tokens:
+        piece = text.push(some)
+        if piece:
+            yield piece
+    piece = text.finish()
+    if piece:
+        yield piece
+
+
+def _check_images(images: Any) -> None:
+    if isinstance(images, str | bytes | os.PathLike):
+        raise InputError("images is one image: give a list of them, images=[path] for instance")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    template: str | None = None,
+    quantize: str | None = None,
+    int8_cache: bool = False,
+    mesh: Mapping[str, int] | None = None,
+) -> VisionLanguage:
     """Loads a model folder, ours or a Hugging Face one; the layout is recognised by its content.
 
     Args:
@@ -116,31 +216,33 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None, template: str | Non
       dtype: of the computation; by default that of the embedding as stored, bfloat16 for float16.
       template: name of the conversation template; by default the one that was saved with the model, for a published
         Phantom that of its language model, for a published LLaVA `vicuna_v1`.
+      quantize: `int8` or `nf4`, for the weights of the language model's layers; None leaves them as they are.
+      int8_cache: keep keys and values of past tokens in 8 bits, each head with a scale of its own.
+      mesh: sizes of mesh axes over which weights and cache are split, {"tensor": 8} for instance; None: one device.
 
     Raises:
-      InputError: there is no model in the folder, it is not complete, or there is no such template.
+      InputError: there is no model in the folder, it is not complete, or there is no such template, quantisation or
+        mesh.
     """
-    directory = pathlib.Path(path)
-    if not directory.is_dir():
-        raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
-    if (directory / native.CONFIG).is_file():
-        checkpoint = native.load(directory)
-    elif (directory / "config.json").is_file() and "phases" in hf.read_json(directory / "config.json"):
-        raise InputError(
-            f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, which "
-            f"appears when all phases are done, or one of {directory / 'models'}"
-        )
-    elif (directory / "config.json").is_file():
-        checkpoint = hf.load(directory)
-        checkpoint.params = jax.tree.map(jax.device_put, checkpoint.params)
-    else:
-        raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
-    processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
+    devices = None if mesh is None else make_mesh(mesh)
+    checkpoint, processor = read(path, template=template, mesh=devices)
+    params = checkpoint.params
     if dtype is None:
-        stored = checkpoint.params["language_model"]["embedding"].dtype
+        stored = params["language_model"]["embedding"].dtype
         # float16 overflows where these models were trained in bfloat16.
         dtype = jnp.bfloat16 if stored == jnp.float16 else stored
-    return VisionLanguage(VisionLanguageModel(checkpoint.config, dtype), processor, checkpoint)
+    # Popped, so that stacked layers are given up one by one.
+    params["language_model"] = unstack_layers(params.pop("language_model"))
+    model = VisionLanguageModel(checkpoint.config, dtype, scan_layers=False)
+    if devices is None:
+        params = jax.tree.map(jax.device_put, params)
+    else:
+        params = jax.tree.map(jax.device_put, params, parameter_shardings(model, devices, DECODING))
+    if quantize is not None:
+        params = quantize_params(params, quantize)
+    return VisionLanguage(
+        model, params, processor, checkpoint.published, checkpoint.tokens, checkpoint.unused, int8_cache, devices
+    )
 
 
 def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = "ours") -> None:
@@ -154,6 +256,39 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
     Raises:
       InputError: the folder holds something, or the format cannot express the model.
     """
+    write(handle.checkpoint(), handle.processor, path, format=format)
+
+
+def read(
+    path: str | os.PathLike[str], *, template: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Checkpoint, Processor | None]:
+    """A model folder as it is stored, our own layout straight onto the mesh; arguments and errors as of `load`."""
+    directory = pathlib.Path(path)
+    if not directory.is_dir():
+        raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
+    if (directory / native.CONFIG).is_file():
+        checkpoint = native.load(directory, place=None if mesh is None else functools.partial(_placement, mesh=mesh))
+    elif (directory / "config.json").is_file() and "phases" in hf.read_json(directory / "config.json"):
+        raise InputError(
+            f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, which "
+            f"appears when all phases are done, or one of {directory / 'models'}"
+        )
+    elif (directory / "config.json").is_file():
+        checkpoint = hf.load(directory)
+    else:
+        raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
+    processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
+    return checkpoint, processor
+
+
+def _placement(config: VisionLanguageConfig, mesh: jax.sharding.Mesh) -> Any:
+    return parameter_shardings(VisionLanguageModel(config), mesh, DECODING)
+
+
+def write(
+    checkpoint: Checkpoint, processor: Processor | None, path: str | os.PathLike[str], *, format: str = "ours"
+) -> None:
+    """Writes what `read` reads; arguments and errors as of `save`."""
     target = pathlib.Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(path)!r} exists and is not an empty folder: nothing was written, choose a new one")
@@ -163,11 +298,11 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         if format == "ours":
-            native.save(handle.checkpoint, scratch)
+            native.save(checkpoint, scratch)
         else:
-            hf.save(_as_format(handle.checkpoint, format), scratch)
-        if handle.processor is not None:
-            handle.processor.save(scratch)
+            hf.save(_as_format(checkpoint, format), scratch)
+        if processor is not None:
+            processor.save(scratch)
         if target.exists():
             target.rmdir()
         scratch.chmod(0o755)

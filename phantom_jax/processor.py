@@ -14,7 +14,8 @@ from phantom_jax.batch import IGNORE, Batch
 from phantom_jax.data import conversation, tiles
 from phantom_jax.data.conversation import Conversation, Template, Turn
 from phantom_jax.data.runs import RunEncoder
-from phantom_jax.data.tokenizer import PAD, load_tokenizer, save_tokenizer
+from phantom_jax.data.text import answer_text
+from phantom_jax.data.tokenizer import PAD, load_tokenizer, save_tokenizer, token_bytes
 from phantom_jax.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -162,12 +163,14 @@ class Processor:
             encoded.token_ids, encoded.image_slots, np.concatenate([empty, *cut]), prefix_length=encoded.prefix_length
         )
 
+    @functools.cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """What each token adds to a text, by id."""
+        return token_bytes(self.tokenizer)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, up to its end marker, stripped."""
-        ids = [int(token) for token in token_ids]
-        if self.end_id in ids:
-            ids = ids[: ids.index(self.end_id)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return answer_text(token_ids, self.token_bytes, end_ids=(self.end_id,))
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the tokenizer in Hugging Face format, and processor_config.json."""

@@ -59,7 +59,7 @@ FLOORS = {
     0: ("axes", "batch", "config", "errors", "trees", "version"),
     1: ("ops",),
     2: ("models", "objectives"),
-    3: ("data", "checkpoints", "processor"),
+    3: ("data", "checkpoints", "processor", "sharding"),
     4: ("generation",),
     5: ("pretrained", "conversion", "training"),
     6: ("evaluation", "report"),

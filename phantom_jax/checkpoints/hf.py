@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - gives numpy its bfloat16
 import numpy as np
 import safetensors
@@ -18,7 +16,7 @@ from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
 from phantom_jax.errors import InputError
-from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
+from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
 from phantom_jax.trees import flatten, unflatten
 
 _WEIGHTS = "model.safetensors"
@@ -59,13 +57,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def parameter_shapes(config: VisionLanguageConfig) -> Any:
     """Parameter tree of `jax.ShapeDtypeStruct` (float32), nothing allocated."""
-    size = config.vision_tower.image_size
-    tokens = {name: jnp.zeros((1, 1), jnp.int32) for name in ("token_ids", "positions", "image_slots", "targets")}
-    batch = tokens | {"segment_ids": jnp.ones((1, 1), jnp.int32), "pixels": jnp.zeros((1, 1, size, size, 3))}
-    model = VisionLanguageModel(config)
-    return meta.unbox(
-        jax.eval_shape(lambda: model.init(jax.random.key(0), batch, rope_length=1, method="score"))["params"]
-    )
+    return meta.unbox(abstract_parameters(VisionLanguageModel(config)))
 
 
 def table(config: VisionLanguageConfig, published: hf_config.Published) -> list[names.Row]:

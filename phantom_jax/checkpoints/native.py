@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,8 +57,14 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
         checkpointer.save(directory / _ARRAYS, trees)
 
 
-def load(directory: str | os.PathLike[str]) -> Checkpoint:
-    """Reads what `save` wrote; arrays come as jax arrays on the default device.
+def load(
+    directory: str | os.PathLike[str], *, place: Callable[[VisionLanguageConfig], Any] | None = None
+) -> Checkpoint:
+    """Reads what `save` wrote; arrays come as jax arrays.
+
+    Args:
+      directory: the folder.
+      place: gives for a model the sharding of each parameter; None puts all on the default device.
 
     Raises:
       InputError: the folder is not complete, or arrays are missing, extra or misshapen: all of them are listed.
@@ -79,7 +85,7 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
     try:
-        trees = _restore(directory, config)
+        trees = _restore(directory, config, {} if place is None else flatten({"params": place(config)}))
     except (InputError, MemoryError, jax.errors.JaxRuntimeError):
         # Too little memory says nothing about the files.
         raise
@@ -92,12 +98,15 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
 
 
-def _restore(directory: pathlib.Path, config: VisionLanguageConfig) -> Any:
+def _restore(directory: pathlib.Path, config: VisionLanguageConfig, shardings: Mapping[str, Any]) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
         stored = flatten(checkpointer.metadata(directory / _ARRAYS).item_metadata.tree)
         _check({path: tuple(leaf.shape) for path, leaf in stored.items()}, shapes(config), directory)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in stored.items()}
+        wanted = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(path, device))
+            for path, leaf in stored.items()
+        }
         return checkpointer.restore(directory / _ARRAYS, unflatten(wanted))
 
 

@@ -75,11 +75,9 @@ def answer_all(
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        # A last batch of another size would be compiled anew: it is filled up, and what is too much left out.
-        filled = [*batch, *[batch[-1]] * (batch_size - len(batch))] if start else batch
-        texts = [question.question for question in filled]
-        images = [[records[question.record].image] for question in filled]
-        answers += handle.generate(texts, images=images, max_new_tokens=max_new_tokens)[: len(batch)]
+        texts = [question.question for question in batch]
+        images = [[records[question.record].image] for question in batch]
+        answers += handle.generate(texts, images=images, batch_size=batch_size, max_new_tokens=max_new_tokens)
     return answers
 
 

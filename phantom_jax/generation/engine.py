@@ -5,8 +5,9 @@ prompt, prefix and answer are each filled up to the next one (`slots.bucket`).
 """
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,14 +25,13 @@ from phantom_jax.models.phantom import PhantomStates
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.ops.rope import canonical_length
 from phantom_jax.processor import Processor, Prompt
+from phantom_jax.sharding.rules import DECODING, cache_shardings
 
 MAX_NEW_TOKENS = 512
 """Longest answer where none is asked for and the context has room."""
 
 PREFIX_BYTES = 2**30
 """Keys and values of prefixes that are kept on the device between calls."""
-
-_new_cache = jax.jit(empty_cache, static_argnames=("config", "batch_size", "slots", "dtype", "int8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,13 @@ class Engine:
         *,
         end_ids: Sequence[int],
         int8_cache: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         self._model, self._params, self._processor = model, params, processor
-        self._end_ids, self._int8_cache = tuple(end_ids), int8_cache
+        self._end_ids, self._int8_cache, self._mesh = tuple(end_ids), int8_cache, mesh
         self._states: dict[int, tuple[PhantomStates, ...]] = {}
         self._stop_tables: dict[tuple[str, ...], StopTable] = {}
+        self._allocate: dict[tuple[int, int], Callable[[], Cache]] = {}
         self.prefixes = PrefixCache(model, params, (processor.mean, processor.std), PREFIX_BYTES)
 
     def answer(self, prompts: Sequence[Prompt], settings: Settings) -> list[list[np.ndarray]]:
@@ -118,8 +120,10 @@ class Engine:
         # Rows are filled up with rows of padding.
         rows = 1 << (len(requests) - 1).bit_length()
         prefixes = [self._prefix(request, rope_length) for request in requests]
-        first = [0 if prefix is None else self._prefix_length(request.prompt) for prefix, request in
-                 zip(prefixes, requests, strict=True)]
+        first = [
+            0 if prefix is None else self._prefix_length(request.prompt)
+            for prefix, request in zip(prefixes, requests, strict=True)
+        ]
         rest = [request.prompt.token_ids[start:] for request, start in zip(requests, first, strict=True)]
         padding = [np.zeros(0, np.int32)] * (rows - len(requests))
         length = bucket(max(map(len, rest)))
@@ -168,15 +172,22 @@ class Engine:
         )
 
     def _cache(self, prompt: Prompt, rows: int, slots: int) -> Cache:
-        config = self._model.config.language_model
-        return _new_cache(
-            config,
-            rows,
-            slots,
-            self._model.dtype,
-            phantom=self._phantom_states(int(prompt.token_ids[0])),
-            int8=self._int8_cache,
-        )
+        new = self._new_cache(rows, slots)
+        states = self._phantom_states(int(prompt.token_ids[0]))
+        if states is None:
+            return new
+        layers = [dataclasses.replace(layer, phantom=state) for layer, state in zip(new.layers, states, strict=True)]
+        return dataclasses.replace(new, layers=tuple(layers))
+
+    def _new_cache(self, rows: int, slots: int) -> Cache:
+        config, dtype = self._model.config.language_model, self._model.dtype
+        if (rows, slots) not in self._allocate:
+            make = functools.partial(empty_cache, config, rows, slots, dtype, int8=self._int8_cache)
+            where = None
+            if self._mesh is not None:
+                where = cache_shardings(jax.eval_shape(make), self._mesh, DECODING)
+            self._allocate[rows, slots] = jax.jit(make, out_shardings=where)
+        return self._allocate[rows, slots]()
 
     def _phantom_states(self, token: int) -> tuple[PhantomStates, ...] | None:
         """Constants of the weights for prompts that begin with a token; every template has one such token."""

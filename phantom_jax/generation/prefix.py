@@ -156,9 +156,18 @@ class PrefixCache:
             batch |= {"image_slots": slots, "pixels": tiles[None, used:]}
         return batch
 
+    @property
+    def bytes(self) -> int:
+        """What the prefixes hold now."""
+        return sum(kept.bytes for kept in self._entries.values())
+
+    def clear(self) -> None:
+        """Gives up all prefixes."""
+        self._entries.clear()
+
     def _keep(self, key: tuple, entry: _Entry) -> None:
         self._entries[key] = entry
-        while sum(kept.bytes for kept in self._entries.values()) > self.capacity:
+        while self.bytes > self.capacity:
             self._entries.popitem(last=False)
 
 

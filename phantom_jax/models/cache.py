@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from phantom_jax.models.phantom import PhantomConfig, PhantomStates
 from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.quantize import dequantize_heads, quantize_heads
 
 
 @functools.partial(
@@ -123,17 +124,3 @@ def _halves(phantom: PhantomConfig | None) -> tuple[int, int]:
     if phantom is None:
         return 1, 1
     return 1 + phantom.query_key, 1 + phantom.value
-
-
-def quantize_heads(x: jax.Array, halves: int) -> tuple[jax.Array, jax.Array]:
-    """Codes int8 [..., H] and scales [..., halves] float32 of the halves of the last axis."""
-    parts = x.astype(jnp.float32).reshape(*x.shape[:-1], halves, -1)
-    scale = jnp.max(jnp.abs(parts), axis=-1, keepdims=True) / 127
-    codes = jnp.round(parts / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
-    return codes.reshape(x.shape), scale[..., 0]
-
-
-def dequantize_heads(codes: jax.Array, scale: jax.Array, dtype) -> jax.Array:
-    """The inverse of `quantize_heads`, up to half a step."""
-    parts = codes.reshape(*codes.shape[:-1], scale.shape[-1], -1)
-    return (parts.astype(dtype) * scale[..., None].astype(dtype)).reshape(codes.shape)

@@ -131,3 +131,12 @@ class VisionLanguageModel(nn.Module):
         chosen = jnp.take_along_axis(logits, jnp.where(present, targets, 0)[:, :, None], axis=-1)[:, :, 0]
         log_probs = jnp.where(present, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
         return TokenScores(log_probs, ~present | (jnp.argmax(logits, axis=-1) == targets))
+
+
+def abstract_parameters(model: VisionLanguageModel) -> Any:
+    """Shapes (float32) and logical axis names of all parameters, `nn.Partitioned` boxes; nothing is allocated."""
+    size = model.config.vision_tower.image_size
+    tokens = {name: jnp.zeros((1, 1), jnp.int32) for name in ("token_ids", "positions", "image_slots", "targets")}
+    batch = tokens | {"segment_ids": jnp.ones((1, 1), jnp.int32), "pixels": jnp.zeros((1, 1, size, size, 3))}
+    init = functools.partial(model.init, rope_length=1, method="score")
+    return jax.eval_shape(init, jax.random.key(0), batch)["params"]

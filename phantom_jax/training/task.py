@@ -115,7 +115,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
         params = cast(params, config["model"]["dtype"])
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens)
-        pretrained.save(pretrained.VisionLanguage(model, processor, checkpoint), folder)
+        pretrained.write(checkpoint, processor, folder)
 
     return Task(init_params, score, train_iterator, validation_batches, export)
 

@@ -136,12 +136,11 @@ def test_our_format_keeps_every_array(golden, folder, tmp_path):
     handle = pretrained.load(golden / folder)
     pretrained.save(handle, tmp_path / "ours")
     again = pretrained.load(tmp_path / "ours")
-    assert again.checkpoint.config == handle.checkpoint.config and again.checkpoint.tokens == handle.checkpoint.tokens
+    assert again.model == handle.model and again.tokens == handle.tokens
     for tree in ("params", "unused"):
-        mine, theirs = getattr(again.checkpoint, tree), getattr(handle.checkpoint, tree)
-        jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+        jax.tree.map(np.testing.assert_array_equal, getattr(again, tree), getattr(handle, tree))
     # And out again, as if it had never been ours.
-    pretrained.save(again, tmp_path / "out", format=handle.checkpoint.published.format)
+    pretrained.save(again, tmp_path / "out", format=handle.published.format)
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", golden / folder))
     assert {name: tensor.tobytes() for name, tensor in ours.items()} == {
         name: tensor.tobytes() for name, tensor in theirs.items()
@@ -153,9 +152,9 @@ def test_a_model_made_here_becomes_a_published_phantom(tmp_path):
     model, params = small.init(config)
     tokens = hf_config.TokenIds(image=60, eos=(2,))
     checkpoint = hf.Checkpoint(config, params, {}, hf_config.publish(config), tokens)
-    pretrained.save(pretrained.VisionLanguage(model, None, checkpoint), tmp_path / "out", format="phantom")
-    again = pretrained.load(tmp_path / "out")
-    assert again.checkpoint.config == config and again.checkpoint.published.language_model == "qwen2"
+    pretrained.write(checkpoint, None, tmp_path / "out", format="phantom")
+    again, _ = pretrained.read(tmp_path / "out")
+    assert again.config == config and again.published.language_model == "qwen2"
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
@@ -177,13 +176,13 @@ def test_all_wrong_tensors_are_listed(golden, tmp_path):
 
 
 def test_all_wrong_arrays_of_our_format_are_listed(golden, tmp_path):
-    handle = pretrained.load(golden / "phantom-0.5b")
-    handle.params["projector"]["stray"] = np.zeros(3, np.float32)
-    del handle.params["projector"]["norm"]
-    handle.params["language_model"]["embedding"] = np.zeros((5, 64), np.float32)
+    checkpoint, _ = pretrained.read(golden / "phantom-0.5b")
+    checkpoint.params["projector"]["stray"] = np.zeros(3, np.float32)
+    del checkpoint.params["projector"]["norm"]
+    checkpoint.params["language_model"]["embedding"] = np.zeros((5, 64), np.float32)
     native_folder = tmp_path / "ours"
     native_folder.mkdir()
-    native.save(handle.checkpoint, native_folder)
+    native.save(checkpoint, native_folder)
     with pytest.raises(InputError) as error:
         pretrained.load(native_folder)
     for line in (
@@ -262,7 +261,7 @@ def test_old_files_may_hold_tables_of_angles(golden, tmp_path):
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
     save_file(tensors, source / "model.safetensors")
-    assert pretrained.load(source).checkpoint.published.format == "llava-original"
+    assert pretrained.load(source).published.format == "llava-original"
 
 
 def test_what_transformers_leaves_out_is_its_default(golden):

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phantom_jax.generation.cache import empty_cache
+from phantom_jax.models.cache import empty_cache
 from phantom_jax.models.decoder import DecoderLayer, _Context
-from phantom_jax.models.phantom import PhantomConfig, head_cross_attention
+from phantom_jax.models.phantom import PhantomConfig, fold_heads, head_cross_attention
 from phantom_jax.ops import rope
 from phantom_jax.ops.attention import Structure
+from tests.generation.run import unrolled
 from tests.models import small
 
 
@@ -45,6 +46,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_step(model_and_params)
     batch = small.text_batch(ids, lengths, left=True)
     expected = logits_of(model, params, batch)
     cache = empty_cache(model.config.language_model, 3, 16, jnp.float32)
+    model, params = unrolled(model, params)
 
     def run(part, cache):
         output = model.apply({"params": params}, part, rope_length=32, cache=cache, method="hidden_states")
@@ -119,9 +121,11 @@ def test_each_part_of_the_phantom_dimension_can_be_left_out(field):
     batch = small.text_batch(small.random_ids(2, 9))
     assert np.isfinite(logits_of(model, params, batch)).all()
     cache = empty_cache(config.language_model, 2, 9, jnp.float32)
+    scanned = logits_of(model, params, batch)
+    model, params = unrolled(model, params)
     output = model.apply({"params": params}, batch, rope_length=32, cache=cache, method="hidden_states")
     cached = model.apply({"params": params}, output.hidden, method="logits")
-    np.testing.assert_allclose(cached, logits_of(model, params, batch), atol=1e-5)
+    np.testing.assert_allclose(cached, scanned, atol=1e-5)
 
 
 def test_the_scanned_layers_equal_a_loop():
@@ -137,7 +141,7 @@ def test_the_scanned_layers_equal_a_loop():
     for index in range(config.num_layers):
         np.testing.assert_allclose(x, output.layer_inputs[index], atol=1e-5)
         weights = jax.tree.map(lambda leaf, index=index: leaf[index], params["language_model"]["layers"])
-        (x, _, _), _ = layer.apply({"params": weights}, (x, None, None), (jnp.asarray(index), None), context)
+        x, _ = layer.apply({"params": weights}, x, None, context)
     norm = np.asarray(params["language_model"]["final_norm"]["scale"])
     x = np.asarray(x) / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + config.norm_epsilon) * norm
     np.testing.assert_allclose(x, output.hidden, atol=1e-5)
@@ -163,7 +167,8 @@ def test_bfloat16_keeps_the_phantom_branch():
         dimension = PhantomDimension(decoder.phantom, width, dtype)
 
         def both(dimension):
-            expanded = dimension.expand(q, k, v, gather_sos(q, k, v, jnp.zeros((1, 1), jnp.int32)))
+            states = dimension.fold(gather_sos(q, k, v, jnp.zeros((1, 1), jnp.int32)))
+            expanded = dimension.expand(q, k, v, states)
             out = attention(*expanded, scale=width**-0.5, query_structure=structure, key_structure=structure)
             return dimension.mix(out) - out[..., :width]
 
@@ -177,15 +182,16 @@ def test_bfloat16_keeps_the_phantom_branch():
 def test_an_index_chooses_among_several_sos_tokens():
     keys = jax.random.split(jax.random.key(0), 6)
     x, states = jax.random.normal(keys[0], (2, 7, 4, 8)), jax.random.normal(keys[1], (2, 3, 2, 8))
-    linears = [jax.random.normal(key, (8, 8)) for key in keys[2:]]
+    query, *linears = [jax.random.normal(key, (8, 8)) for key in keys[2:]]
+    folded = fold_heads(states, *linears)
     index = np.random.default_rng(0).integers(0, 3, (2, 7))
-    ours = head_cross_attention(x, states, *linears, jnp.asarray(index))
+    ours = head_cross_attention(x, folded, query, jnp.asarray(index))
     for row, column in np.ndindex(2, 7):
-        one = states[row : row + 1, index[row, column]][:, None]
-        expected = head_cross_attention(x[row : row + 1, column : column + 1], one, *linears)[0, 0]
+        one = fold_heads(states[row : row + 1, index[row, column]][:, None], *linears)
+        expected = head_cross_attention(x[row : row + 1, column : column + 1], one, query)[0, 0]
         np.testing.assert_allclose(ours[row, column], expected, atol=1e-5)
     with pytest.raises(ValueError, match="3 sos tokens a row need an index"):
-        head_cross_attention(x, states, *linears)
+        head_cross_attention(x, folded, query)
 
 
 def test_packed_conversations_may_begin_with_tokens_of_their_own():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from phantom_jax.errors import InputError
-from phantom_jax.generation.decode import greedy
 from phantom_jax.models.layers import Dense
 from phantom_jax.models.quantization import quantize_params
 from phantom_jax.ops.quantize import QuantizedTensor, dequantize
 from phantom_jax.trees import flatten, unflatten
+from tests.generation.run import run, unrolled
 from tests.models import small
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -94,8 +94,7 @@ def test_greedy_answers_are_those_of_the_dequantised_model():
     model, _ = float_model()
     batch = small.text_batch(small.random_ids(3, 9), [9, 7, 4], left=True)
     ours, theirs = (
-        greedy(model, tree, batch, max_new_tokens=6, eos_ids=(1,), pad_id=0, rope_length=32)
-        for tree in (quantized("nf4"), made_whole(quantized("nf4")))
+        run(*unrolled(model, tree), batch, eos=(1,))[0] for tree in (quantized("nf4"), made_whole(quantized("nf4")))
     )
     np.testing.assert_array_equal(ours, theirs)
 

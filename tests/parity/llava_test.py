@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from phantom_jax.checkpoints import hf
-from phantom_jax.generation.decode import greedy
+from phantom_jax.generation.settings import Settings
 from phantom_jax.models.vlm import VisionLanguageModel
+from tests.generation.run import run, unrolled
 
 IMAGE, PATCHES, VOCABULARY, NEW_TOKENS = 99, 16, 100, 8
 
@@ -99,13 +100,6 @@ def test_logits_and_answers(models):
     assert np.abs(expected[mask > 0]).max() > 1, "logits near zero would equal anything"
     np.testing.assert_allclose(logits[mask > 0], expected[mask > 0], rtol=0, atol=2e-4)
 
-    tokens = greedy(
-        model,
-        params,
-        batch,
-        max_new_tokens=NEW_TOKENS,
-        eos_ids=(),
-        pad_id=0,
-        rope_length=longest + NEW_TOKENS,
-    )
-    np.testing.assert_array_equal(np.asarray(tokens), answers)
+    settings = Settings(max_new_tokens=NEW_TOKENS)
+    tokens, _ = run(*unrolled(model, params), batch, settings, rope_length=longest + NEW_TOKENS)
+    np.testing.assert_array_equal(tokens[:, 0], answers)

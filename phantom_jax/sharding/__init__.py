@@ -1,0 +1,1 @@
+"""Meshes of devices, and which array axis goes to which mesh axis."""
