@@ -41,8 +41,8 @@ def define_generate(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("output", None, text, flag_values=values)
     text = "With --prompts: what paths of images start from. By default the folder of the file."
     flags.DEFINE_string("image_folder", None, text, flag_values=values)
-    text = "With --prompts: questions answered at once."
-    flags.DEFINE_integer("batch_size", 16, text, flag_values=values, lower_bound=1)
+    text = "With --prompts: questions answered at once. When not given 32."
+    flags.DEFINE_integer("batch_size", None, text, flag_values=values, lower_bound=1)
     _define_settings(values)
 
 
@@ -52,13 +52,12 @@ def generate(values: flags.FlagValues) -> None:
     if values.prompts is not None:
         _answer_file(values)
         return
-    from phantom_jax.generation.chat import check_streamable
     from phantom_jax.generation.settings import Settings
 
     settings = _settings(values)
     checked = Settings.of(settings)
     if values.stream:
-        check_streamable(checked)
+        checked.check_streamable()
         for piece in _load(values).stream(values.prompt, images=values.image, **settings):
             print(piece, end="", flush=True)
         print()
@@ -78,12 +77,11 @@ def define_chat(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def chat(values: flags.FlagValues) -> None:
     """Talks in the terminal."""
-    from phantom_jax.generation.chat import check_streamable
     from phantom_jax.generation.settings import Settings
     from phantom_jax.generation.terminal import run
 
     settings = _settings(values)
-    check_streamable(Settings.of(settings))
+    Settings.of(settings).check_streamable()
     run(_load(values), input=sys.stdin, output=sys.stdout, **settings)
 
 
@@ -146,13 +144,17 @@ def _load(values: flags.FlagValues) -> Any:
         options["dtype"] = jnp.dtype(options["dtype"])
     if "mesh" in options:
         options["mesh"] = parse_mesh(options["mesh"])
-    return load(values.model, **options)
+    handle = load(values.model, **options)
+    if handle.processor is None:
+        raise InputError(f"the model has no tokenizer: put the tokenizer's files into {values.model}")
+    return handle
 
 
 def _answer_file(values: flags.FlagValues) -> None:
     from phantom_jax.generation.answer_file import AnswerFile, answer_prompts
     from phantom_jax.generation.prompt_file import check_lengths, read_prompts
     from phantom_jax.generation.settings import Settings
+    from phantom_jax.pretrained import BATCH_SIZE
 
     given = _settings(values)
     settings = Settings.of(given)
@@ -168,7 +170,7 @@ def _answer_file(values: flags.FlagValues) -> None:
             print(f"{answers.done:,} of {len(prompts):,} prompts are answered already, going on", file=sys.stderr)
         handle = _load(values)
         check_lengths(prompts, handle.processor, settings, path=values.prompts)
-        answer_prompts(handle, answers, batch_size=values.batch_size, settings=given)
+        answer_prompts(handle, answers, batch_size=values.batch_size or BATCH_SIZE, settings=given)
     print(f"{len(prompts):,} answers are in {values.output}")
 
 

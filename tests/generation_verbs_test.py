@@ -31,7 +31,7 @@ def loaded(monkeypatch):
         return calls[-1][-1]
 
     module = types.ModuleType("phantom_jax.pretrained")
-    module.load = load
+    module.load, module.BATCH_SIZE = load, 32
     monkeypatch.setitem(sys.modules, "phantom_jax.pretrained", module)
     return calls
 

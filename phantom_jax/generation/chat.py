@@ -60,7 +60,7 @@ class Conversation:
           InputError: a setting is wrong, or answers with it cannot be streamed.
         """
         checked = Settings.of(settings)
-        check_streamable(checked)
+        checked.check_streamable()
         self.turns: list[Turn] = []
         self.attached: list[Attachment] = []
         self._handle, self._notify, self._settings = handle, notify, settings
@@ -164,20 +164,6 @@ class Conversation:
         turns = [*((turn.question, turn.answer) for turn in kept), (question, None)]
         counts = [image.tiles for image in _images(kept, images)]
         return len(self._handle.processor.encode_conversation(turns, counts, name=name).token_ids)
-
-
-def check_streamable(settings: Settings) -> None:
-    """Refuses settings whose answers are not known before they are whole."""
-    if settings.num_beams > 1:
-        raise InputError(
-            f"beams are ranked when they are whole: with num_beams={settings.num_beams} there is nothing to stream; "
-            "set num_beams to 1, or generate without streaming"
-        )
-    if settings.num_answers > 1:
-        raise InputError(
-            f"only one answer can be streamed, not num_answers={settings.num_answers}: set it to 1, or generate "
-            "without streaming"
-        )
 
 
 def _images(kept: list[Turn], images: Iterable[Attachment]) -> list[Attachment]:

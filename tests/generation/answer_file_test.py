@@ -15,6 +15,7 @@ from phantom_jax.errors import InputError
 from phantom_jax.generation.answer_file import AnswerFile, answer_prompts, folder_digest
 from phantom_jax.generation.prompt_file import read_prompts
 from phantom_jax.generation.settings import Settings
+from tests.generation import tiny
 from tests.generation.fake import Handle
 
 
@@ -208,3 +209,13 @@ def test_the_digest_sees_the_model_alone(model):
     (model / "params" / "deep").mkdir(parents=True)
     (model / "params" / "deep" / "0").write_text("a")
     assert folder_digest(model) != before
+
+
+def test_a_model_writes_what_it_says(questions, model, tmp_path):
+    handle = tiny.handle()
+    _answer(questions, tmp_path / "out.jsonl", model, handle=handle, num_beams=2, num_answers=2, max_new_tokens=4)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    settings = {"num_beams": 2, "num_answers": 2, "max_new_tokens": 4}
+    images = [questions.parent / "a.png"]
+    for row in (rows[0], rows[7]):
+        assert row["text"] == handle.generate(row["prompt"], images=images, **settings) and all(row["text"])

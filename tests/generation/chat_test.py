@@ -8,6 +8,7 @@ from PIL import Image
 
 from phantom_jax.errors import InputError
 from phantom_jax.generation.chat import Conversation
+from tests.generation import tiny
 from tests.generation.fake import Handle
 
 
@@ -209,3 +210,17 @@ def test_what_cannot_be_attached(tmp_path, picture, wide):
 def test_settings_that_no_conversation_has(settings, message):
     with pytest.raises(InputError, match=message):
         Conversation(Handle(), **settings)
+
+
+def test_a_model_says_in_a_conversation_what_it_says_without(tmp_path):
+    handle = tiny.handle()
+    tiny.image(32, 16).save(tmp_path / "picture.png")
+    conversation = Conversation(handle, max_new_tokens=6)
+    conversation.attach(tmp_path / "picture.png")
+    first = _say(conversation, "What is this?")
+    images = [tmp_path / "picture.png"]
+    assert first == handle.generate("What is this?", images=images, max_new_tokens=6)
+    conversation.attach(tmp_path / "picture.png")
+    history = [("<image>What is this?", first)]
+    second = handle.generate("How <image>?", images=images * 2, history=history, max_new_tokens=6)
+    assert _say(conversation, "How <image>?") == second and second
