@@ -79,6 +79,51 @@ def test_several_images_follow_one_another(processor):
     np.testing.assert_array_equal(prompt.image_slots[prompt.image_slots >= 0], np.arange(16))
 
 
+def test_images_stand_where_marks_say_in_any_turn(processor):
+    history = [("First <image>", "1"), ("none", "2")]
+    prompt = processor.encode_prompt("last <image>", [image(32, 32), image(64, 32)], history=history)
+    whole = (
+        f"<|im_start|>user\nFirst <img>{4 * '<IMG_CONTEXT>'}</img><|im_end|><|im_start|>assistant\n1<|im_end|>"
+        "<|im_start|>user\nnone<|im_end|><|im_start|>assistant\n2<|im_end|>"
+        f"<|im_start|>user\nlast <img>{12 * '<IMG_CONTEXT>'}</img><|im_end|><|im_start|>assistant\n"
+    )
+    assert prompt.token_ids.tolist() == processor.tokenizer.encode(whole).ids
+    np.testing.assert_array_equal(prompt.image_slots[prompt.image_slots >= 0], np.arange(16))
+    assert prompt.prefix_length == len(processor.tokenizer.encode(whole[: whole.rindex("</img>") + 6]).ids)
+    unmarked = [(question.replace("<image>", ""), answer) for question, answer in history]
+    first = processor.encode_prompt("last", [image(32, 32), image(64, 32)], history=unmarked)
+    opening = f"<|im_start|>user\n<img>{4 * '<IMG_CONTEXT>'}</img><img>{12 * '<IMG_CONTEXT>'}</img>First "
+    expected = processor.tokenizer.encode(opening + "<|im_end|>").ids
+    assert first.token_ids[: len(expected)].tolist() == expected
+
+
+def test_prompts_share_what_comes_before_the_question(processor):
+    history, images = [("Read the number.", "48")], [image(64, 32)]
+    for turns in ([], history):
+        one, other = (processor.encode_prompt(text, images, history=turns) for text in ("What?", "How many?"))
+        assert one.prefix_length == other.prefix_length > np.flatnonzero(one.image_slots >= 0).max()
+        shared = slice(one.prefix_length)
+        np.testing.assert_array_equal(one.token_ids[shared], other.token_ids[shared])
+        np.testing.assert_array_equal(one.tiles, other.tiles)
+    ended = processor.encode_conversation(history, [3])
+    assert one.prefix_length == len(ended.token_ids)
+    assert processor.encode_prompt("What?").prefix_length == 0
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_one_tile_in_other_image_modes(processor, mode, tmp_path):
+    changed = dataclasses.replace(processor, image_mode=mode)
+    prompt = changed.encode_prompt("What?", [image(96, 32), image(20, 30)])
+    assert prompt.tiles.shape == (2, 32, 32, 3) and changed.tile_count(96, 32) == 1
+    changed.save(tmp_path)
+    assert Processor.load(tmp_path).image_mode == mode
+
+
+def test_unknown_image_modes_are_refused(processor):
+    with pytest.raises(InputError, match="image_mode is 'stretch'; it must be one of tiles, crop, pad"):
+        dataclasses.replace(processor, image_mode="stretch")
+
+
 def test_text_alone_has_no_tiles(processor):
     assert processor.encode_prompt("Read the number.").tiles.shape == (0, 32, 32, 3)
 

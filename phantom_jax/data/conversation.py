@@ -151,7 +151,8 @@ class Conversation:
     answer_start: int
     """Index of the last answer's first token; the length if it is yet to come."""
     prefix_length: int
-    """How many leading tokens other questions on the same images and history begin with; see `Prompt`."""
+    """How many leading tokens other questions on the same images and history may begin with: up to the end of the last
+    image or of the history, whichever is later; with neither, up to the end of the system text."""
 
 
 class _Tokens:
@@ -192,7 +193,7 @@ class _Tokens:
         """The token, once for each of the slots."""
         if token.strips_before:
             self._text = self._text.rstrip(WHITESPACE)
-        if self._text or self._places:
+        if self._text or self._places or self._answers:
             self.end_run()
         count = len(slots)
         self.ids += [token.token_id] * count

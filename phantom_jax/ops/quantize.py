@@ -2,8 +2,8 @@
 
 NF4 (QLoRA, arXiv 2305.14314, section 3) stores each weight as one of 16 levels, the quantiles of a normal distribution,
 times the largest magnitude of its block of 64. Those magnitudes are quantised again: their mean is taken off and the
-rest is stored in 8 bits with one float32 scale for each block of 256. That is 4.127 bits a weight. Blocks, codes and
-packing are those of bitsandbytes, which stores a kernel as [outputs, inputs], row after row.
+rest is stored in 8 bits with one float32 scale for each block of 256. That is 4.127 bits a weight. Blocks and codes are
+those of bitsandbytes, which stores a kernel as [outputs, inputs], row after row; the layout of the arrays is our own.
 """
 
 import dataclasses
@@ -43,17 +43,20 @@ NF4_LEVELS = np.array(
 )
 
 
-def _scale_levels() -> np.ndarray:
-    """The 256 levels of the dynamic 8-bit type of bitsandbytes (arXiv 1511.04561), signed: 0, 1 and, for each of
-    seven powers of ten, the centres of 1, 2, 4, ... 64 equal parts of its upper nine tenths."""
-    magnitudes = [
-        10.0 ** (exponent - 6) * (0.1 + 0.9 * (np.arange(2**exponent) + 0.5) / 2**exponent) for exponent in range(7)
-    ]
-    positive = np.concatenate(magnitudes)
-    return np.concatenate([-positive[::-1], [0.0], positive, [1.0]]).astype(np.float32)
+def block_level(codes: jax.Array) -> jax.Array:
+    """Levels in -1 to 1 of uint8 codes, float32: the signed dynamic type of bitsandbytes (arXiv 1511.04561).
 
-
-SCALE_LEVELS = _scale_levels()
+    0 is code 127 and 1 is code 255. The k-th code to either side of 0, with 2^e the largest power of two in k, is the
+    centre of the (k - 2^e)-th of 2^e equal parts of 10^(e - 7) to 10^(e - 6) but for the lowest tenth of the latter.
+    Computed: a table of 256 numbers is slow to read on a TPU, and is read early and held in float32 by a decoding loop.
+    """
+    signed = codes.astype(jnp.float32) - 127
+    k = jnp.abs(signed)
+    level = jnp.zeros_like(k)
+    for exponent in range(7):
+        part = 0.9 / 2**exponent
+        level = jnp.where(k >= 2**exponent, 10.0 ** (exponent - 6) * (part * (k + 0.5) - 0.8), level)
+    return jnp.where(signed == 128, 1.0, jnp.sign(signed) * level)
 
 
 @functools.partial(
@@ -69,11 +72,12 @@ class QuantizedTensor:
     stacking all leaves along axis 0 gives the tensor of one layer, of a part or of all.
 
     Attributes:
-      codes: int8 [*layers, *inputs, *outputs]; NF4 uint8 [*layers, *outputs, padded inputs / 2], two weights a byte,
-        the first one in the upper half, inputs flattened and filled up with zeros to whole blocks of 64.
+      codes: int8 [*layers, *inputs, *outputs]; NF4 uint8 [*layers, blocks, 32, *outputs], the inputs flattened and
+        filled up with zeros to whole blocks of 64. The i-th of the 32 bytes of a block holds weight i in its upper and
+        weight 32 + i in its lower half: neighbours in one byte would have to be interleaved, which a TPU pads 64 times.
       scales: float32. int8: the step of each output channel, [*layers, *outputs]. NF4: the largest deviation in each
-        block of 256 block magnitudes, [*layers, ceil(blocks / 256)], the blocks counted over outputs and inputs.
-      block_codes: NF4 uint8 [*layers, *outputs, padded inputs / 64], `SCALE_LEVELS` of the deviations of the block
+        block of 256 block magnitudes, [*layers, ceil(blocks / 256)], the blocks of one output after those of another.
+      block_codes: NF4 uint8 [*layers, blocks, *outputs], `block_level` of the deviations of the block
         magnitudes from their mean; None for int8.
       block_mean: NF4 float32 [*layers]; None for int8.
       kind: `int8` or `nf4`.
@@ -130,9 +134,8 @@ def dequantize(tensor: QuantizedTensor, dtype) -> jax.Array:
         if tensor.kind == "int8":
             steps = tensor.scales.reshape((1,) * len(tensor.input_shape) + tensor.output_shape)
             return (tensor.codes.astype(jnp.float32) * steps).astype(dtype)
-        rows = _nf4_rows(tensor, dtype)
-        outputs = len(tensor.output_shape)
-        return jnp.moveaxis(rows, range(outputs), range(-outputs, 0))
+        kernel = jnp.concatenate(_nf4_halves(tensor, dtype), axis=1).reshape(-1, *tensor.output_shape)
+        return kernel[: math.prod(tensor.input_shape)].reshape(*tensor.input_shape, *tensor.output_shape)
 
     for _ in tensor.layer_shape:
         one_layer = jax.vmap(one_layer)
@@ -143,7 +146,8 @@ def matmul(x: jax.Array, tensor: QuantizedTensor, dtype, output_dtype=None) -> j
     """Contracts x [..., *inputs] with a kernel of one layer.
 
     int8: the codes enter the product as they are, exact in every dtype, and each output channel is multiplied by its
-    step afterwards. NF4: the kernel is made whole, in `dtype`, for the product.
+    step afterwards. NF4: levels times block magnitudes, rounded to `dtype`, are the factors, in two products, one for
+    each half of the bytes. A compiler can form the factors inside the product; a TPU's does, a CPU's does not.
 
     Args:
       x: [..., *inputs].
@@ -160,17 +164,17 @@ def matmul(x: jax.Array, tensor: QuantizedTensor, dtype, output_dtype=None) -> j
     contracted = len(tensor.input_shape)
     if tensor.layer_shape or x.shape[x.ndim - contracted :] != tensor.input_shape:
         raise ValueError(f"x {x.shape} cannot be contracted with {tensor.shape} over the axes {tensor.input_shape}")
-    x_axes = tuple(range(x.ndim - contracted, x.ndim))
+    rows = x.shape[: x.ndim - contracted]
+    x = x.astype(dtype)
     if tensor.kind == "int8":
-        kernel, kernel_axes = tensor.codes.astype(dtype), tuple(range(contracted))
+        y = _contract(x, tensor.codes.astype(dtype), contracted)
+        y = y * tensor.scales.reshape((1,) * len(rows) + tensor.output_shape)
     else:
-        outputs = len(tensor.output_shape)
-        kernel, kernel_axes = _nf4_rows(tensor, dtype), tuple(range(outputs, outputs + contracted))
-    y = jax.lax.dot_general(
-        x.astype(dtype), kernel, ((x_axes, kernel_axes), ((), ())), preferred_element_type=jnp.float32
-    )
-    if tensor.kind == "int8":
-        y = y * tensor.scales.reshape((1,) * (x.ndim - contracted) + tensor.output_shape)
+        size = math.prod(tensor.input_shape)
+        x = jnp.pad(x.reshape(*rows, size), [(0, 0)] * len(rows) + [(0, -size % NF4_BLOCK)])
+        x_halves = jnp.moveaxis(x.reshape(*rows, -1, 2, NF4_BLOCK // 2), -2, 0)
+        halves = zip(x_halves, _nf4_halves(tensor, dtype), strict=True)
+        y = sum(_contract(x_half, kernel_half, 2) for x_half, kernel_half in halves)
     return y.astype(output_dtype or dtype)
 
 
@@ -226,24 +230,25 @@ def _reciprocal(x):
 @functools.partial(jax.jit, static_argnames="inputs")
 def _to_nf4(kernel, inputs):
     input_shape, output_shape = kernel.shape[:inputs], kernel.shape[inputs:]
-    size = math.prod(input_shape)
-    rows = kernel.astype(jnp.float32).reshape(size, -1).T
-    blocks = jnp.pad(rows, ((0, 0), (0, -size % NF4_BLOCK))).reshape(len(rows), -1, NF4_BLOCK)
-    magnitudes = jnp.max(jnp.abs(blocks), axis=-1)
-    scaled = blocks * _reciprocal(magnitudes)[..., None]
+    size, outputs = math.prod(input_shape), math.prod(output_shape)
+    padded = jnp.pad(kernel.astype(jnp.float32).reshape(size, outputs), ((0, -size % NF4_BLOCK), (0, 0)))
+    blocks = padded.reshape(-1, NF4_BLOCK, outputs)
+    magnitudes = jnp.max(jnp.abs(blocks), axis=1)
+    scaled = blocks * _reciprocal(magnitudes)[:, None]
     # Fifteen comparisons fuse into one pass without temporaries; a binary search takes six times the memory.
     codes = sum((scaled > bound).astype(jnp.uint8) for bound in _midpoints(NF4_LEVELS))
-    codes = codes[..., ::2] << 4 | codes[..., 1::2]
+    codes = codes[:, : NF4_BLOCK // 2] << 4 | codes[:, NF4_BLOCK // 2 :]
     mean = jnp.mean(magnitudes)
-    deviations = (magnitudes - mean).reshape(-1)
+    deviations = (magnitudes - mean).T.reshape(-1)
     groups = jnp.pad(deviations, (0, -deviations.size % SCALE_BLOCK)).reshape(-1, SCALE_BLOCK)
-    scales = jnp.max(jnp.abs(groups), axis=-1)
-    block_codes = jnp.searchsorted(_midpoints(SCALE_LEVELS), groups * _reciprocal(scales)[:, None]).astype(jnp.uint8)
-    block_codes = block_codes.reshape(-1)[: deviations.size]
+    scales = jnp.max(jnp.abs(groups), axis=1)
+    levels = block_level(jnp.arange(256, dtype=jnp.uint8))
+    block_codes = jnp.searchsorted(_midpoints(levels), groups * _reciprocal(scales)[:, None]).astype(jnp.uint8)
+    block_codes = block_codes.reshape(-1)[: deviations.size].reshape(outputs, -1).T
     return QuantizedTensor(
-        codes.reshape(*output_shape, -1),
+        codes.reshape(*codes.shape[:2], *output_shape),
         scales,
-        block_codes.reshape(*output_shape, -1),
+        block_codes.reshape(-1, *output_shape),
         mean,
         "nf4",
         input_shape,
@@ -259,12 +264,25 @@ def _stack(tensors):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
 
 
-def _nf4_rows(tensor, dtype):
-    """The kernel of one layer with its outputs in front: [*outputs, *inputs]."""
-    block_codes = tensor.block_codes.reshape(-1)
-    scales = jnp.repeat(tensor.scales, SCALE_BLOCK)[: block_codes.size]
-    magnitudes = jnp.asarray(SCALE_LEVELS)[block_codes] * scales + tensor.block_mean
-    codes = jnp.stack([tensor.codes >> 4, tensor.codes & 15], axis=-1).reshape(-1, NF4_BLOCK)
-    rows = (jnp.asarray(NF4_LEVELS)[codes] * magnitudes[:, None]).astype(dtype)
-    rows = rows.reshape(math.prod(tensor.output_shape), -1)[:, : math.prod(tensor.input_shape)]
-    return rows.reshape(*tensor.output_shape, *tensor.input_shape)
+def _contract(x, kernel, axes):
+    """float32 product over the last axes of x and the first ones of the kernel."""
+    dimensions = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    return jax.lax.dot_general(x, kernel, (dimensions, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _nf4_halves(tensor, dtype):
+    """The first and the last 32 weights of every block of one layer, each [blocks, 32, *outputs]."""
+    outputs = tensor.output_shape
+    scales = jnp.repeat(tensor.scales, SCALE_BLOCK)[: tensor.block_codes.size].reshape(*outputs, -1)
+    magnitudes = block_level(tensor.block_codes) * jnp.moveaxis(scales, -1, 0) + tensor.block_mean
+    halves = tensor.codes >> 4, tensor.codes & 15
+    return [(_nf4_level(codes) * magnitudes[:, None]).astype(dtype) for codes in halves]
+
+
+def _nf4_level(codes):
+    # A tree of choices, one bit after another: a TPU is slow at reading tables.
+    levels = [jnp.float32(level) for level in NF4_LEVELS]
+    for bit in range(4):
+        odd = (codes >> bit & 1) == 1
+        levels = [jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
+    return levels[0]

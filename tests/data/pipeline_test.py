@@ -8,9 +8,12 @@ import pytest
 
 from phantom_jax.batch import IGNORE
 from phantom_jax.data import rows, sources, tiles
+from phantom_jax.data.conversation import TEMPLATES
 from phantom_jax.data.pipeline import RowOptions, TrainingRows, evaluation_batches, train_iterator
 from phantom_jax.data.sources import Question, Records
 from phantom_jax.errors import InputError
+from phantom_jax.processor import Processor
+from tests.tiny_tokenizers import LLAMA_KINDS, llama
 
 DTYPES = {"sft_mask": bool, "pixels": np.uint8}
 OPTIONS = {
@@ -284,6 +287,22 @@ def test_marks_inside_questions_fit_the_shape(records, processor, options):
     source = TrainingRows(edited(records["train"], change), roomy, options, 0)
     for index in range(source.rows_per_epoch):
         assert source[index]["segment_ids"].max() == options.images_per_row
+
+
+@pytest.mark.parametrize("kind", LLAMA_KINDS)
+@pytest.mark.parametrize("options", [RowOptions(), RowOptions(1, rejected=True), RowOptions(3, 2, rejected=True)])
+def test_rows_of_llava(records, kind, options):
+    processor = Processor(llama(kind), TEMPLATES["vicuna_v1"], 32, 1, 4, 400, image_mode="crop")
+    source = training_rows(records, processor, options)
+    lengths = []
+    for index in range(source.rows_per_epoch):
+        row = source[index]
+        assert row["segment_ids"].max() == options.images_per_row == row["pixels"].any((1, 2, 3)).sum()
+        lengths.append(np.count_nonzero(row["segment_ids"]))
+        record = records["train"][int(row["row_ids"])]
+        chosen = row["targets"][row["answer_slots"] == 1]
+        assert processor.decode(chosen) in {question.chosen for question in record.questions}
+    assert source.shape.length >= max(lengths) >= 0.85 * source.shape.length
 
 
 def test_what_does_not_fit_in_memory_is_read_again(records, monkeypatch):

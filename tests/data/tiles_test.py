@@ -142,3 +142,29 @@ def test_tiles_are_read_row_by_row(columns, rows):
     assert len(cut) == columns * rows + (columns * rows > 1)
     for index in range(columns * rows):
         assert (cut[index] == 10 * index + 5).all()
+
+
+def test_crop_takes_the_middle():
+    image = np.zeros((64, 192, 3), np.uint8)
+    image[:, 64:128] = 200
+    (tile,) = tiles.crop_square(Image.fromarray(image), tile_size=64)
+    assert (tile == 200).all()
+
+
+@pytest.mark.parametrize("width, height", [(30, 10), (10, 31)])
+def test_pad_keeps_the_whole_in_the_middle(width, height):
+    image, color = picture(width, height), (1, 2, 3)
+    square = np.asarray(tiles.pad_square(image, color=color))
+    size = max(width, height)
+    assert square.shape == (size, size, 3)
+    left, top = (size - width) // 2, (size - height) // 2
+    np.testing.assert_array_equal(square[top : top + height, left : left + width], np.asarray(image))
+    assert (square == color).all(-1).sum() == size * size - width * height
+
+
+def test_shapes_that_would_fill_the_memory_are_refused():
+    strip = Image.new("RGB", (100_000, 2))
+    with pytest.raises(InputError, match="record 7 has 100000 x 2 pixels, scaled to a shorter side of 336"):
+        tiles.crop_square(strip, tile_size=336, name="record 7")
+    with pytest.raises(InputError, match="record 7 has 100000 x 2 pixels, its square"):
+        tiles.pad_square(strip, color=(0, 0, 0), name="record 7")

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from phantom_jax.ops import quantize
-from phantom_jax.ops.quantize import NF4_LEVELS, SCALE_LEVELS, QuantizedTensor
+from phantom_jax.ops.quantize import NF4_LEVELS, QuantizedTensor
 
-# (layers, inputs, outputs): whole blocks, blocks over two input axes, and input axes that must be filled up.
-SHAPES = [((), (128,), (3, 8)), ((2,), (4, 32), (10,)), ((3,), (50,), (6,)), ((2, 2), (3, 30), (2, 5))]
+# (layers, inputs, outputs): whole blocks, blocks over two input axes, input axes that must be filled up, and more than
+# one block of 256 block magnitudes.
+SHAPES = [((), (128,), (3, 8)), ((2,), (4, 32), (10,)), ((3,), (50,), (6,)), ((2, 2), (3, 30), (2, 75))]
+POSITIVE = np.concatenate([10.0 ** (e - 6) * (0.1 + 0.9 * (np.arange(2**e) + 0.5) / 2**e) for e in range(7)])
+BLOCK_LEVELS = np.concatenate([-POSITIVE[::-1], [0], POSITIVE, [1]])
 KINDS = pytest.mark.parametrize("kind", quantize.KINDS)
 
 
@@ -35,15 +38,17 @@ def block_magnitudes(rows):
 
 def nf4_parts(tensor, rows):
     """Codes [layers, outputs, padded inputs] and block magnitudes [layers, outputs, blocks], one number at a time."""
-    bytes_ = np.asarray(tensor.codes).reshape(*rows.shape[:2], -1)
-    codes = np.zeros((*bytes_.shape[:2], 2 * bytes_.shape[2]), int)
-    codes[..., ::2], codes[..., 1::2] = bytes_ // 16, bytes_ % 16
-    block_codes = np.asarray(tensor.block_codes).reshape(len(rows), -1)
-    scales, mean = np.asarray(tensor.scales).reshape(len(rows), -1), np.asarray(tensor.block_mean).reshape(-1)
+    layers, outputs, _ = rows.shape
+    packed = np.asarray(tensor.codes).reshape(layers, -1, 32, outputs)
+    codes = np.concatenate([packed // 16, packed % 16], axis=2).reshape(layers, -1, outputs).swapaxes(1, 2)
+    block_codes = np.asarray(tensor.block_codes).reshape(layers, -1, outputs).swapaxes(1, 2)
+    scales, mean = np.asarray(tensor.scales).reshape(layers, -1), np.asarray(tensor.block_mean).reshape(-1)
     magnitudes = np.zeros(block_codes.shape)
-    for layer, index in np.ndindex(block_codes.shape):
-        magnitudes[layer, index] = SCALE_LEVELS[block_codes[layer, index]] * scales[layer, index // 256] + mean[layer]
-    return codes, magnitudes.reshape(*rows.shape[:2], -1)
+    for index in np.ndindex(block_codes.shape):
+        layer, output, block = index
+        group = (output * block_codes.shape[2] + block) // 256
+        magnitudes[index] = BLOCK_LEVELS[block_codes[index]] * scales[layer, group] + mean[layer]
+    return codes, magnitudes
 
 
 @pytest.mark.parametrize("layers, inputs, outputs", SHAPES)
@@ -76,7 +81,7 @@ def test_nf4_takes_the_nearest_level_of_each_block(layers, inputs, outputs):
     # The magnitudes lose at most half the widest gap of their own levels.
     deviations = np.abs(exact - exact.mean(axis=(1, 2), keepdims=True)).max(axis=(1, 2), keepdims=True)
     loss = np.abs(magnitudes - exact)
-    assert (loss <= 0.5001 * np.diff(SCALE_LEVELS).max() * deviations).all()
+    assert (loss <= 0.5001 * np.diff(BLOCK_LEVELS).max() * deviations).all()
     back = quantize.dequantize(tensor, jnp.float32)
     expected = NF4_LEVELS[codes[..., :size]] * np.repeat(magnitudes, 64, axis=-1)[..., :size]
     back_rows = by_rows(np.asarray(back), layers, inputs)
@@ -86,10 +91,11 @@ def test_nf4_takes_the_nearest_level_of_each_block(layers, inputs, outputs):
 
 
 def test_the_levels_of_block_magnitudes():
-    assert SCALE_LEVELS.shape == (256,)
-    assert (np.diff(SCALE_LEVELS) > 0).all()
-    np.testing.assert_array_equal(SCALE_LEVELS[:127], -SCALE_LEVELS[128:255][::-1])
-    np.testing.assert_allclose(SCALE_LEVELS[[127, 128, 129, 130, 255]], [0, 5.5e-7, 3.25e-6, 7.75e-6, 1], rtol=1e-6)
+    assert (np.diff(BLOCK_LEVELS) > 0).all()
+    ours = quantize.block_level(jnp.arange(256, dtype=jnp.uint8))
+    np.testing.assert_allclose(ours, BLOCK_LEVELS, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(ours, BLOCK_LEVELS, rtol=3e-6)
+    assert (ours[127], ours[255]) == (0, 1)
 
 
 def test_normal_weights_lose_what_these_types_are_known_to_lose():

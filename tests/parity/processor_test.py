@@ -1,5 +1,7 @@
 """Token ids and pixels against the processors of transformers."""
 
+import json
+
 import numpy as np
 import pytest
 import transformers
@@ -9,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from phantom_jax.checkpoints import hf_config
+from phantom_jax.checkpoints.hf_processor import load_processor
 from phantom_jax.data.conversation import TEMPLATES
 from phantom_jax.processor import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor
 from tests.tiny_tokenizers import LLAMA_KINDS, byte_level, llama
@@ -110,6 +114,26 @@ def test_answered_llava_conversations(name, template, tmp_path):
         prompt = ours.encode_conversation([(turns[0][0], None)], [1])
         # The space of an answer may be part of a token of more than one, but no token spans prompt and answer.
         assert encoded.token_ids[: encoded.answer_start].tolist() == prompt.token_ids.tolist()
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("name", LLAMA_KINDS)
+def test_a_folder_that_transformers_saved(name, mode, golden, tmp_path):
+    config = json.loads((golden / "llava-hf" / "config.json").read_text())
+    size, patch = config["vision_config"]["image_size"], config["vision_config"]["patch_size"]
+    images = LlavaImageProcessorPil(size={"shortest_edge": size}, crop_size=size, do_pad=mode == "pad")
+    theirs = processors(name, "vicuna_v1", tmp_path / "tokenizer", images)[1]
+    theirs.patch_size = patch
+    theirs.save_pretrained(tmp_path)
+    model = hf_config.read({**config, "image_token_index": theirs.image_token_id})
+    ours = load_processor(tmp_path, *model)
+    assert ours.image_mode == mode and ours.max_length == config["text_config"]["max_position_embeddings"]
+    prompt = ours.encode_prompt("Which?", [picture(50, 30)])
+    text = rendered(ours.template, [("Which?", None)], 1)
+    expected = theirs(images=[picture(50, 30)], text=text, return_tensors="np")
+    assert prompt.token_ids.tolist() == expected["input_ids"][0].tolist()
+    pixels = (prompt.tiles / 255 - ours.mean) / ours.std
+    np.testing.assert_allclose(pixels.transpose(0, 3, 1, 2), expected["pixel_values"], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (40, 30), (30, 41), (200, 33), (33, 200), (3, 5), (1, 9), (64, 63)])
