@@ -78,7 +78,7 @@ class Ours:
         states = None
         if config.phantom is not None:
             states = first_token_states(model, params, np.int32(FIRST_TOKEN))
-        cache = empty_cache(config, rows, length + slots, model.dtype, phantom=states)
+        cache = empty_cache(config, rows, length + slots, model.dtype)
         self.controls = controls(
             Settings(), max_new_tokens=np.full(rows, slots), end_ids=(), pad_id=0, prompt_tokens=None
         )
@@ -88,6 +88,7 @@ class Ours:
             model,
             params,
             cache,
+            states,
             batch,
             self.controls,
             branches=1,

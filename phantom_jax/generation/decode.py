@@ -18,6 +18,7 @@ from phantom_jax.generation.beam import Beams
 from phantom_jax.generation.settings import Controls
 from phantom_jax.generation.slots import reorder_branches
 from phantom_jax.models.cache import Cache
+from phantom_jax.models.phantom import PhantomStates
 from phantom_jax.models.vlm import VisionLanguageModel
 
 
@@ -69,6 +70,7 @@ def start(
     model: VisionLanguageModel,
     params: Any,
     cache: Cache,
+    phantom: tuple[PhantomStates, ...] | None,
     batch: Mapping[str, jax.Array],
     controls: Controls,
     *,
@@ -83,6 +85,9 @@ def start(
       model: a bare module with `scan_layers=False`.
       params: its parameters.
       cache: of B rows, with prefixes placed or empty, and room for L + new_slots * branches more tokens a row.
+        Given up: its buffers become those of the state.
+      phantom: states of the prompts' first token, of each layer; None gathers them from the prompts, and serves a
+        model without a phantom dimension.
       batch: the rest of the prompts, LEFT padded (segment 0) to one length L; pixels normalised.
       controls: what is asked for.
       branches: K.
@@ -91,7 +96,7 @@ def start(
       rope_length: longest conversation, prompt and answer; static.
     """
     rows = batch["token_ids"].shape[0]
-    logits_BLV, cache = _forward(model, params, {**batch}, cache, rope_length, last=True)
+    logits_BLV, cache = _forward(model, params, batch, cache.with_phantom(phantom), rope_length, last=True)
     shape = (rows, branches)
     seen = controls.prompt_tokens
     # A row of padding alone has no answer to wait for.

@@ -131,7 +131,7 @@ class Engine:
         new_slots = bucket(max(request.max_new_tokens for request in requests))
         prefix_slots = max((prefix.structure.shape[1] for prefix in prefixes if prefix is not None), default=0)
         slots = prefix_slots + length + new_slots * settings.branches
-        cache = self._cache(requests[0].prompt, rows, slots)
+        cache = self._cache(rows, slots)
         for row, prefix in enumerate(prefixes):
             if prefix is not None:
                 cache = place_prefix(cache, prefix, np.int32(row))
@@ -141,6 +141,7 @@ class Engine:
             self._model,
             self._params,
             cache,
+            self._phantom_states(requests[0].prompt),
             batch,
             asked,
             branches=settings.branches,
@@ -167,19 +168,11 @@ class Engine:
             prompt.token_ids[:length],
             prompt.image_slots[:length],
             prompt.tiles,
-            empty=self._cache(prompt, 1, 0),
+            empty=self._cache(1, 0).with_phantom(self._phantom_states(prompt)),
             rope_length=rope_length,
         )
 
-    def _cache(self, prompt: Prompt, rows: int, slots: int) -> Cache:
-        new = self._new_cache(rows, slots)
-        states = self._phantom_states(int(prompt.token_ids[0]))
-        if states is None:
-            return new
-        layers = [dataclasses.replace(layer, phantom=state) for layer, state in zip(new.layers, states, strict=True)]
-        return dataclasses.replace(new, layers=tuple(layers))
-
-    def _new_cache(self, rows: int, slots: int) -> Cache:
+    def _cache(self, rows: int, slots: int) -> Cache:
         config, dtype = self._model.config.language_model, self._model.dtype
         if (rows, slots) not in self._allocate:
             make = functools.partial(empty_cache, config, rows, slots, dtype, int8=self._int8_cache)
@@ -189,8 +182,9 @@ class Engine:
             self._allocate[rows, slots] = jax.jit(make, out_shardings=where)
         return self._allocate[rows, slots]()
 
-    def _phantom_states(self, token: int) -> tuple[PhantomStates, ...] | None:
-        """Constants of the weights for prompts that begin with a token; every template has one such token."""
+    def _phantom_states(self, prompt: Prompt) -> tuple[PhantomStates, ...] | None:
+        """Constants of the weights for prompts that begin as this one; every template has one such token."""
+        token = int(prompt.token_ids[0])
         if self._model.config.language_model.phantom is None:
             return None
         if token not in self._states:

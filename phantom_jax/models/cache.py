@@ -78,6 +78,12 @@ class Cache:
     structure: Structure
     length: jax.Array
 
+    def with_phantom(self, states: tuple[PhantomStates, ...] | None) -> "Cache":
+        """The cache with the sos token's states of each layer, where they are known before the prompt."""
+        states = (None,) * len(self.layers) if states is None else states
+        layers = [dataclasses.replace(layer, phantom=state) for layer, state in zip(self.layers, states, strict=True)]
+        return dataclasses.replace(self, layers=tuple(layers))
+
 
 def empty_cache(
     config,
@@ -85,7 +91,6 @@ def empty_cache(
     slots: int,
     dtype,
     *,
-    phantom: tuple[PhantomStates, ...] | None = None,
     int8: bool = False,
 ) -> Cache:
     """A cache of `slots` tokens a row, nothing written.
@@ -95,13 +100,12 @@ def empty_cache(
       batch_size: rows.
       slots: tokens a row.
       dtype: of keys and values.
-      phantom: the sos token's states of each layer, where they are known before the prompt.
       int8: whether to store codes of 8 bits, each head and half with a scale of its own.
     """
     key_halves, value_halves = _halves(config.phantom)
     shape = (batch_size, slots, config.num_kv_heads)
 
-    def layer(index: int) -> LayerCache:
+    def layer() -> LayerCache:
         def scale(halves):
             return jnp.zeros((*shape, halves), jnp.float32) if int8 else None
 
@@ -110,13 +114,12 @@ def empty_cache(
             value=jnp.zeros((*shape, config.head_dim * value_halves), jnp.int8 if int8 else dtype),
             key_scale=scale(key_halves),
             value_scale=scale(value_halves),
-            phantom=None if phantom is None else phantom[index],
         )
 
     def zeros():
         return jnp.zeros((batch_size, slots), jnp.int32)
 
-    layers = tuple(layer(index) for index in range(config.num_layers))
+    layers = tuple(layer() for _ in range(config.num_layers))
     return Cache(layers, Structure(zeros(), zeros(), zeros()), jnp.zeros((), jnp.int32))
 
 

@@ -50,11 +50,12 @@ def run(
         stops=stop_table(token_bytes, settings.stop) if settings.stop else None,
     )
     slots = length + new * branches
-    cache = empty_cache(model.config.language_model, rows, slots, model.dtype, phantom=phantom, int8=int8)
+    cache = empty_cache(model.config.language_model, rows, slots, model.dtype, int8=int8)
     state = decode.start(
         model,
         params,
         cache,
+        phantom,
         batch,
         asked,
         branches=branches,

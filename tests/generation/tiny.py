@@ -1,6 +1,7 @@
 """A handle with random weights and a real tokenizer, small enough to answer in a moment."""
 
 import dataclasses
+import functools
 
 import numpy as np
 from PIL import Image
@@ -31,11 +32,17 @@ def processor(template=TEMPLATES["qwen2"], max_length=160) -> Processor:
 def handle(decoder: DecoderConfig = small.DECODER, *, seed=0, **fields) -> VisionLanguage:
     text = processor(**fields)
     # 320 words divide by the devices of a mesh.
-    decoder = dataclasses.replace(decoder, vocab_size=320, num_layers=2)
-    config = dataclasses.replace(small.CONFIG, language_model=decoder)
-    model, params = unrolled(*small.init(config, seed=seed))
+    config = dataclasses.replace(
+        small.CONFIG, language_model=dataclasses.replace(decoder, vocab_size=320, num_layers=2)
+    )
+    model, params = _weights(config, seed)
     tokens = TokenIds(image=text.image_token_id, eos=(text.end_id,), pad=text.pad_id)
     return VisionLanguage(model, params, text, publish(config), tokens, {})
+
+
+@functools.cache
+def _weights(config, seed):
+    return unrolled(*small.init(config, seed=seed))
 
 
 def image(width=16, height=16, seed=0) -> Image.Image:
