@@ -6,6 +6,7 @@ transformers, orbax or grain. Exit codes: 0 done, 1 crash, 2 bad config or input
 
 import contextlib
 import difflib
+import os
 import re
 import sys
 import traceback
@@ -16,6 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from phantom_jax import generation_verbs
 from phantom_jax.errors import Diverged, InputError, Preempted
 from phantom_jax.version import __version__
 
@@ -91,21 +93,6 @@ def _evaluate(values: flags.FlagValues) -> None:
     print(table(results))
 
 
-def _define_generate(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    flags.DEFINE_string("model", None, "Model folder, of any layout that `convert` writes.", flag_values=values)
-    text = "Image file. Given once for each image, in order."
-    flags.DEFINE_multi_string("image", [], text, flag_values=values)
-    flags.DEFINE_string("prompt", None, "The question.", flag_values=values)
-    text = "Longest answer, in tokens. When not given 64, or what the context leaves."
-    flags.DEFINE_integer("max_new_tokens", None, text, flag_values=values, lower_bound=1)
-
-
-def _generate(values: flags.FlagValues) -> None:
-    from phantom_jax.pretrained import load
-
-    print(load(values.model).generate(values.prompt, images=values.image, max_new_tokens=values.max_new_tokens))
-
-
 def _define_convert(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("source", None, "Model folder; its layout is recognised.", flag_values=values)
     flags.DEFINE_string("target", None, "Folder to write. It must not exist, or be empty.", flag_values=values)
@@ -137,7 +124,13 @@ _VERBS = {
     "prepare": Verb("write a data set's records, train its tokenizer", _define_prepare, _prepare, ("target",)),
     "train": Verb("run all phases of a config", _define_train, _train, ("config", "workdir")),
     "evaluate": Verb("exact match of answers over a split", _define_evaluate, _evaluate, ("model", "data_dir")),
-    "generate": Verb("answer one prompt about images", _define_generate, _generate, ("model", "prompt")),
+    "generate": Verb(
+        "answer a prompt about images, or a file of prompts",
+        generation_verbs.define_generate,
+        generation_verbs.generate,
+        ("model",),
+    ),
+    "chat": Verb("talk about images, in the terminal", generation_verbs.define_chat, generation_verbs.chat, ("model",)),
     "convert": Verb("rewrite a model in another layout", _define_convert, _convert, ("source", "target", "to")),
     "report": Verb("draw loss curves and answered images", _define_report, _report, ("workdir", "output")),
 }
@@ -153,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code.
     """
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except (InputError, Diverged, Preempted) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -163,6 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader left, `| head` for instance: what is still held back has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _dispatch(arguments: list[str]) -> int:

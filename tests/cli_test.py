@@ -47,11 +47,11 @@ def test_help_lists_every_verb(capsys):
     text = capsys.readouterr().out
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out == text
-    for verb in ("prepare", "train", "evaluate", "generate", "convert", "report"):
+    for verb in ("prepare", "train", "evaluate", "generate", "chat", "convert", "report"):
         assert f"\n  {verb} " in text
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "evaluate", "generate", "convert", "report"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "evaluate", "generate", "chat", "convert", "report"])
 def test_verb_help_names_its_flags(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     text = capsys.readouterr().out
@@ -130,6 +130,13 @@ def test_a_crash_is_not_hidden(monkeypatch):
     monkeypatch.setitem(cli._VERBS, "fail", cli.Verb("", lambda values, argv: None, fail, ()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["fail"])
+
+
+def test_a_reader_that_leaves_is_no_crash(repository):
+    command = [sys.executable, "-m", "phantom_jax", "generate", "--help"]
+    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_the_module_runs_as_a_program(repository):

@@ -11,6 +11,8 @@ COMMANDS = {
     "import": "import phantom_jax; assert {'load', 'save'} <= set(dir(phantom_jax))",
     "help": "from phantom_jax.cli import main; assert main(['--help']) == 0",
     "verb help": "from phantom_jax.cli import main; assert main(['train', '--help']) == 0",
+    "chat help": "from phantom_jax.cli import main; assert main(['chat', '--help']) == 0",
+    "wrong flags": "from phantom_jax.cli import main; assert main(['generate', '--model=x', '--output=y']) == 2",
     "unknown flag": "from phantom_jax.cli import main; assert main(['train', '--workdr=x']) == 2",
 }
 
@@ -61,7 +63,7 @@ FLOORS = {
     4: ("generation",),
     5: ("pretrained", "conversion", "training"),
     6: ("evaluation", "report"),
-    7: ("cli", "__init__", "__main__"),
+    7: ("cli", "generation_verbs", "__init__", "__main__"),
 }
 
 

@@ -112,6 +112,19 @@ class Settings:
                 raise InputError(f"generation has no setting {name!r}: {hint}")
         return cls(**fields)
 
+    def check_streamable(self) -> None:
+        """Refuses settings whose answers are not known before they are whole."""
+        if self.num_beams > 1:
+            raise InputError(
+                f"beams are ranked when they are whole: with num_beams={self.num_beams} there is nothing to stream; "
+                "set num_beams to 1, or generate without streaming"
+            )
+        if self.num_answers > 1:
+            raise InputError(
+                f"only one answer can be streamed, not num_answers={self.num_answers}: set it to 1, or generate "
+                "without streaming"
+            )
+
     @property
     def branches(self) -> int:
         """Continuations of a prompt that are computed side by side."""
