@@ -79,8 +79,10 @@ def _define_evaluate(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def _evaluate(values: flags.FlagValues) -> None:
+    from phantom_jax.compiled import keep_compiled_programs
     from phantom_jax.evaluation.exact_match import evaluate, table
 
+    keep_compiled_programs()
     results = evaluate(
         values.model,
         source=values.source,

@@ -137,8 +137,10 @@ def _settings(values: flags.FlagValues) -> dict[str, Any]:
 def _load(values: flags.FlagValues) -> Any:
     import jax.numpy as jnp
 
+    from phantom_jax.compiled import keep_compiled_programs
     from phantom_jax.pretrained import load
 
+    keep_compiled_programs()
     options = _given(values, (*_OPTIONS, "mesh"))
     if "dtype" in options:
         options["dtype"] = jnp.dtype(options["dtype"])

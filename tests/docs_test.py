@@ -73,3 +73,23 @@ def test_the_page_on_configs_is_right_and_names_every_key(repository, tmp_path):
     for section in (configs.DEFAULTS, configs.PHASE, configs.OPTIMIZER, configs.GROUP, configs.PHASE["data"]):
         for key in section:
             assert re.search(rf"\b{key}\b", text), key
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/generation.md"])
+def test_the_example_of_the_library_runs(page, repository, tmp_path, monkeypatch, capsys):
+    import dataclasses
+
+    from phantom_jax import pretrained
+    from phantom_jax.models.phantom import PhantomConfig
+    from tests.generation import tiny
+    from tests.models import small
+
+    [code] = re.findall(r"```python\n(.*?)```", (repository / page).read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    decoder = dataclasses.replace(small.DECODER, phantom=PhantomConfig())
+    pretrained.save(tiny.handle(decoder), "runs/quickstart/hf")
+    tiny.image(48, 16).save("number.png")
+    (tmp_path / "example.py").write_text(code)
+    runpy.run_path("example.py")
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert capsys.readouterr().out.strip()
