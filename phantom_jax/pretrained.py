@@ -122,13 +122,7 @@ class VisionLanguage:
           InputError: also with beams, or with several answers.
         """
         asked = Settings.of(settings)
-        if asked.num_beams > 1:
-            raise InputError(
-                f"num_beams={asked.num_beams} cannot be streamed: which beam is best is known when all are whole; set "
-                "num_beams=1, or do not stream"
-            )
-        if asked.num_answers > 1:
-            raise InputError(f"num_answers={asked.num_answers} cannot be streamed: set num_answers=1, or do not stream")
+        asked.check_streamable()
         _check_images(images)
         encoded = self._processor().encode_prompt(prompt, images, history=history)
         tokens = self.engine.stream(encoded, asked)
