@@ -197,12 +197,15 @@ class Engine:
             self._stop_tables[strings] = jax.device_put(stop_table(self._processor.token_bytes, strings))
         seeds = np.zeros(rows, np.uint32)
         limits = np.ones(rows, np.int32)
-        seen = np.zeros((rows, self._model.config.language_model.vocab_size), bool)
+        seen = None
+        if settings.penalizes_repetition:
+            seen = np.zeros((rows, self._model.config.language_model.vocab_size), bool)
         for row, request in enumerate(requests):
             # Prompts draw different samples, and the same prompt the same ones whatever stands beside it.
             seeds[row] = zlib.crc32(request.prompt.token_ids.tobytes(), settings.seed & 0xFFFFFFFF)
             limits[row] = request.max_new_tokens
-            seen[row, request.prompt.token_ids] = True
+            if seen is not None:
+                seen[row, request.prompt.token_ids] = True
         return controls(
             settings,
             max_new_tokens=limits,

@@ -126,6 +126,10 @@ class Settings:
             )
 
     @property
+    def penalizes_repetition(self) -> bool:
+        return self.repetition_penalty not in (None, 1.0)
+
+    @property
     def branches(self) -> int:
         """Continuations of a prompt that are computed side by side."""
         return self.num_beams if self.num_beams > 1 else self.num_answers
@@ -207,7 +211,7 @@ def controls(
       stops: the table of the stop strings.
     """
     sampled = settings.temperature > 0
-    penalty = None if settings.repetition_penalty in (None, 1.0) else settings.repetition_penalty
+    penalized = settings.penalizes_repetition
     ends = sorted(set(end_ids))
     ends += [_NO_ID] * (-len(ends) % _END_IDS)
 
@@ -223,9 +227,9 @@ def controls(
         early_stopping=number({False: 0, True: 1, "never": 2}[settings.early_stopping]),
         temperature=number(settings.temperature, jnp.float32) if sampled else None,
         top_k=number(settings.top_k),
-        top_p=number(settings.top_p, jnp.float32),
+        top_p=None if settings.top_p == 1 else number(settings.top_p, jnp.float32),
         seeds=number(seeds, jnp.uint32) if sampled else None,
-        repetition_penalty=number(penalty, jnp.float32),
-        prompt_tokens=None if penalty is None else number(prompt_tokens, bool),
+        repetition_penalty=number(settings.repetition_penalty, jnp.float32) if penalized else None,
+        prompt_tokens=number(prompt_tokens, bool) if penalized else None,
         stops=stops,
     )

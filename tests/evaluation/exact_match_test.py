@@ -43,7 +43,8 @@ def test_score_wants_one_answer_a_question():
 def test_every_question_is_asked_once_about_its_image():
     asked = []
 
-    def generate(texts, *, images, max_new_tokens):
+    def generate(texts, *, images, batch_size, max_new_tokens):
+        assert batch_size == 3
         asked.append((texts, images, max_new_tokens))
         return texts
 
@@ -52,7 +53,7 @@ def test_every_question_is_asked_once_about_its_image():
         SimpleNamespace(generate=generate), questions, RECORDS, batch_size=3, max_new_tokens=4
     )
     assert answers == ["0: read", "0: again", "1: read", "1: again", "2: read", "2: again", "3: read"]
-    assert [len(texts) for texts, _, _ in asked] == [3, 3, 3], "every batch has the size of the first"
+    assert [len(texts) for texts, _, _ in asked] == [3, 3, 1]
     assert asked[1][1] == [[RECORDS[1].image], [RECORDS[2].image], [RECORDS[2].image]]
 
 

@@ -193,9 +193,7 @@ def test_bad_input_is_one_clear_error(vlm, prompt, arguments, message):
 
 
 def test_beams_and_several_answers_are_not_streamed(vlm):
-    with pytest.raises(
-        InputError, match="beams are ranked when they are whole: with num_beams=3 there is nothing to stream"
-    ):
+    with pytest.raises(InputError, match="beams are ranked when they are whole: with num_beams=3"):
         vlm.stream("What?", num_beams=3)
     with pytest.raises(InputError, match="only one answer can be streamed, not num_answers=2"):
         vlm.stream("What?", num_answers=2, temperature=1.0)
