@@ -28,8 +28,9 @@ import numpy as np
 from flax.linen import meta
 
 from phantom_jax.generation import decode
+from phantom_jax.generation.controls import controls
 from phantom_jax.generation.prefix import first_token_states
-from phantom_jax.generation.settings import Settings, controls
+from phantom_jax.generation.settings import Settings
 from phantom_jax.generation.slots import left_padded
 from phantom_jax.models.cache import empty_cache
 from phantom_jax.models.decoder import DecoderConfig
@@ -91,6 +92,7 @@ class Ours:
             cache,
             states,
             batch,
+            None,
             self.controls,
             branches=1,
             beam_search=False,

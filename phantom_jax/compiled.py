@@ -1,5 +1,6 @@
 """Compiled programs, kept on disk between runs of the verbs."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -14,8 +15,11 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
+    # JAX asks for it where a cache has a size.
+    bounded = importlib.util.find_spec("filelock") is not None
     if jax.config.jax_compilation_cache_dir is None:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "phantom_jax" / "programs"))
-        jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+        if bounded:
+            jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

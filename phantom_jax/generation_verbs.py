@@ -59,15 +59,22 @@ def generate(values: flags.FlagValues) -> None:
     if values.stream:
         checked.check_streamable()
         for piece in _load(values).stream(values.prompt, images=values.image, **settings):
-            print(piece, end="", flush=True)
+            print(_shown(piece), end="", flush=True)
         print()
         return
     answers = _load(values).generate(values.prompt, images=values.image, **settings)
     if isinstance(answers, str):
-        print(answers)
+        print(_shown(answers))
         return
     for number, answer in enumerate(answers, 1):
-        print(f"--- answer {number} of {len(answers)} ---\n{answer}")
+        print(f"--- answer {number} of {len(answers)} ---\n{_shown(answer)}")
+
+
+def _shown(text: str) -> str:
+    """What goes to a terminal must not steer it; what goes to a file stays as it is."""
+    from phantom_jax.generation.terminal import printable
+
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def define_chat(values: flags.FlagValues, argv: Sequence[str]) -> None:

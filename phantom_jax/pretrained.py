@@ -218,7 +218,7 @@ def load(
       InputError: there is no model in the folder, it is not complete, or there is no such template, quantisation or
         mesh.
     """
-    devices = None if mesh is None else make_mesh(mesh)
+    devices = None if mesh is None else _decoding_mesh(mesh)
     checkpoint, processor = read(path, template=template, mesh=devices)
     params = checkpoint.params
     if dtype is None:
@@ -228,12 +228,13 @@ def load(
     # Popped, so that stacked layers are given up one by one.
     params["language_model"] = unstack_layers(params.pop("language_model"))
     model = VisionLanguageModel(checkpoint.config, dtype, scan_layers=False)
-    if devices is None:
-        params = jax.tree.map(jax.device_put, params)
-    else:
+    if devices is not None:
         params = jax.tree.map(jax.device_put, params, parameter_shardings(model, devices, DECODING))
+    # On one device first: what a published folder holds goes there kernel by kernel, in few bits.
     if quantize is not None:
         params = quantize_params(params, quantize)
+    if devices is None:
+        params = jax.tree.map(jax.device_put, params)
     return VisionLanguage(
         model, params, processor, checkpoint.published, checkpoint.tokens, checkpoint.unused, int8_cache, devices
     )
@@ -273,6 +274,17 @@ def read(
         raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
     processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
     return checkpoint, processor
+
+
+def _decoding_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
+    mesh = make_mesh(shape)
+    useless = [name for name, size in mesh.shape.items() if size > 1 and name not in DECODING.values()]
+    if useless:
+        raise InputError(
+            f"generation splits nothing over mesh axis {useless[0]!r}, each of its devices would do the same work: use "
+            f"{', '.join(sorted(set(DECODING.values())))}"
+        )
+    return mesh
 
 
 def _placement(config: VisionLanguageConfig, mesh: jax.sharding.Mesh) -> Any:

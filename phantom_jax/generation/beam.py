@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from phantom_jax.generation import sampling
-from phantom_jax.generation.settings import Controls
+from phantom_jax.generation.controls import Controls
 
 # The score of a beam that is none: lower than any log-probability, finite so that differences stay numbers.
 _NONE = -1e9
@@ -88,6 +88,9 @@ def candidates(scores_BKV, beams: Beams, tokens_BKT, step, controls: Controls) -
         noise = sampling.gumbel(controls, step, width, vocabulary).reshape(rows, -1)
         index = jax.lax.top_k(scores + noise, count)[1]
         scores = jnp.take_along_axis(scores, index, axis=1)
+        # As many are drawn as there are end tokens in truth; the more are drawn, the greedier is what is kept of them.
+        drawn = (1 + jnp.maximum(1, jnp.sum(controls.end_ids < vocabulary))) * width
+        scores = jnp.where(jnp.arange(count)[None] < drawn, scores, _NONE)
     parents, last = index // vocabulary, index % vocabulary
     tokens = jnp.take_along_axis(tokens_BKT, parents[:, :, None], axis=1)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, last[:, :, None], step, axis=2)
@@ -117,6 +120,8 @@ def select(
     full = jnp.all(beams.finished, axis=1) & at_once
     # Candidates beyond the best K are there to keep K beams running, they are no answers.
     entering = ended_BC[:, :width] & (beams.improvable & ~full & ~done_B)[:, None]
+    # A continuation of a beam that is none is no answer.
+    entering &= candidates.scores[:, :width] > _NONE / 2
     scores = candidates.scores[:, :width] / length.astype(jnp.float32) ** controls.length_penalty
     merged = jnp.concatenate([beams.scores, jnp.where(entering, scores, _NONE)], axis=1)
     scores, index = jax.lax.top_k(merged, width)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from phantom_jax.generation import beam, sampling, stops
 from phantom_jax.generation.beam import Beams
-from phantom_jax.generation.settings import Controls
-from phantom_jax.generation.slots import reorder_branches
+from phantom_jax.generation.controls import Controls
+from phantom_jax.generation.slots import over_tokens, reorder_branches
 from phantom_jax.models.cache import Cache
 from phantom_jax.models.phantom import PhantomStates
 from phantom_jax.models.vlm import VisionLanguageModel
@@ -72,6 +72,7 @@ def start(
     cache: Cache,
     phantom: tuple[PhantomStates, ...] | None,
     batch: Mapping[str, jax.Array],
+    features: jax.Array | None,
     controls: Controls,
     *,
     branches: int,
@@ -86,9 +87,10 @@ def start(
       params: its parameters.
       cache: of B rows, with prefixes placed or empty, and room for L + new_slots * branches more tokens a row.
         Given up: its buffers become those of the state.
-      phantom: states of the prompts' first token, of each layer; None gathers them from the prompts, and serves a
-        model without a phantom dimension.
+      phantom: states of the prompts' first token, of each layer; None gathers them from the prompts, which is
+        right only where no prefix was placed, and serves a model without a phantom dimension.
       batch: the rest of the prompts, LEFT padded (segment 0) to one length L; pixels normalised.
+      features: [B, F, D] of images in the rest of the prompts, in place of pixels; None where there are none.
       controls: what is asked for.
       branches: K.
       beam_search: whether the branches are beams.
@@ -96,7 +98,8 @@ def start(
       rope_length: longest conversation, prompt and answer; static.
     """
     rows = batch["token_ids"].shape[0]
-    logits_BLV, cache = _forward(model, params, batch, cache.with_phantom(phantom), rope_length, last=True)
+    cache = cache.with_phantom(phantom)
+    logits_BLV, cache = _forward(model, params, batch, cache, rope_length, features=features, last=True)
     shape = (rows, branches)
     seen = controls.prompt_tokens
     # A row of padding alone has no answer to wait for.
@@ -139,10 +142,30 @@ def advance(
     return jax.lax.while_loop(keep_going, one_token, state)
 
 
-def _forward(model, params, inputs, cache, rope_length, last=False):
+@functools.partial(jax.jit, static_argnames="new_slots")
+def widen(state: State, pad_id: jax.Array, *, new_slots: int) -> State:
+    """The state with room for answers of `new_slots` tokens."""
+    branches = state.tokens.shape[1]
+    more = new_slots - state.tokens.shape[2]
+
+    def longer(tokens_BKT):
+        return jnp.pad(tokens_BKT, ((0, 0), (0, 0), (0, more)), constant_values=pad_id)
+
+    def grow(x):
+        return jnp.pad(x, [(0, 0), (0, more * branches)] + [(0, 0)] * (x.ndim - 2))
+
+    beams = state.beams
+    if beams is not None:
+        beams = dataclasses.replace(beams, tokens=longer(beams.tokens))
+    return dataclasses.replace(state, tokens=longer(state.tokens), cache=over_tokens(grow, state.cache), beams=beams)
+
+
+def _forward(model, params, inputs, cache, rope_length, features=None, last=False):
     """Logits of all tokens, or of the last one of each row alone, and the cache with the new tokens."""
     variables = {"params": params}
-    output = model.apply(variables, inputs, rope_length=rope_length, cache=cache, method="hidden_states")
+    output = model.apply(
+        variables, inputs, rope_length=rope_length, cache=cache, features=features, method="hidden_states"
+    )
     hidden = output.hidden[:, -1:] if last else output.hidden
     return model.apply(variables, hidden, method="logits"), output.cache
 

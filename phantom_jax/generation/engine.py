@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from phantom_jax.data.stop_strings import check_stops
 from phantom_jax.errors import InputError
 from phantom_jax.generation import decode
+from phantom_jax.generation.controls import Controls, controls
 from phantom_jax.generation.prefix import PrefixCache, first_token_states
-from phantom_jax.generation.settings import Controls, Settings, controls
+from phantom_jax.generation.settings import Settings
 from phantom_jax.generation.slots import bucket, left_padded, place_prefix
 from phantom_jax.generation.stops import StopTable, stop_table
 from phantom_jax.models.cache import Cache, empty_cache
+from phantom_jax.models.layers import cast_weights
 from phantom_jax.models.phantom import PhantomStates
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.ops.rope import canonical_length
@@ -34,6 +37,11 @@ PREFIX_BYTES = 2**30
 """Keys and values of prefixes that are kept on the device between calls."""
 
 
+_FIRST_SLOTS = 64
+_STOP_TABLES = 8
+_NOTHING = np.zeros(0, np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Request:
     """A prompt and what its own length decides."""
@@ -42,6 +50,11 @@ class _Request:
     prompt: Prompt
     max_new_tokens: int
     rope_length: int
+
+
+def _prefix_length(prompt: Prompt) -> int:
+    """How many tokens are read beforehand. At least one must be left to predict from, and it must not be an image's."""
+    return 0 if prompt.image_slots[-1] >= 0 else min(prompt.prefix_length, len(prompt.token_ids) - 1)
 
 
 class Engine:
@@ -61,35 +74,45 @@ class Engine:
         int8_cache: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        self._model, self._params, self._processor = model, params, processor
+        # Once, and not again for every token.
+        self._model, self._params, self._processor = model, cast_weights(params, model.dtype), processor
         self._end_ids, self._int8_cache, self._mesh = tuple(end_ids), int8_cache, mesh
         self._states: dict[int, tuple[PhantomStates, ...]] = {}
+        # In the order of their first use.
         self._stop_tables: dict[tuple[str, ...], StopTable] = {}
         self._allocate: dict[tuple[int, int], Callable[[], Cache]] = {}
-        self.prefixes = PrefixCache(model, params, (processor.mean, processor.std), PREFIX_BYTES)
+        self._data_shards = 1 if mesh is None else mesh.shape["data"]
+        self.prefixes = PrefixCache(model, self._params, mean=processor.mean, std=processor.std, capacity=PREFIX_BYTES)
 
     def answer(self, prompts: Sequence[Prompt], settings: Settings) -> list[list[np.ndarray]]:
         """Tokens of the answers to each prompt, end markers included; `settings.num_answers` for each.
 
-        All prompts that agree in the angles of their rotation are computed as one batch.
+        Prompts that agree in their first token and in the angles of their rotation are computed as one batch.
 
         Raises:
           InputError: a prompt leaves no room in the context, or a stop does not exist.
         """
-        requests = [self._request(index, prompt, settings) for index, prompt in enumerate(prompts)]
-        answers: list[list[np.ndarray]] = [[] for _ in requests]
-        for rope_length in sorted({request.rope_length for request in requests}):
-            batch = [request for request in requests if request.rope_length == rope_length]
+        check_stops(settings.stop, self._processor.tokenizer)
+        groups: dict[tuple[int, int], list[_Request]] = {}
+        for index, prompt in enumerate(prompts):
+            request = self._request(index, prompt, settings)
+            groups.setdefault((request.rope_length, int(prompt.token_ids[0])), []).append(request)
+        answers: list[list[np.ndarray]] = [[] for _ in prompts]
+        for batch in groups.values():
             state, asked = self._start(batch, settings)
-            state = self._advance(state, asked, max(request.max_new_tokens for request in batch), rope_length)
+            longest = max(request.max_new_tokens for request in batch)
+            state = self._advance(state, asked, longest, batch[0].rope_length)
             tokens, lengths = jax.device_get(state.answers)
             for row, request in enumerate(batch):
                 answers[request.index] = [tokens[row, k, : lengths[row, k]] for k in range(settings.num_answers)]
         return answers
 
     def stream(self, prompt: Prompt, settings: Settings) -> Iterator[np.ndarray]:
-        """The tokens of one answer as they come, some at a time; errors as `answer`."""
-        request = self._request(0, prompt, settings)
+        """The tokens of one answer as they come, some at a time; errors as `answer`, at once."""
+        check_stops(settings.stop, self._processor.tokenizer)
+        return self._tokens(self._request(0, prompt, settings), settings)
+
+    def _tokens(self, request: _Request, settings: Settings) -> Iterator[np.ndarray]:
         state, asked = self._start([request], settings)
         taken = 0
         while True:
@@ -103,12 +126,13 @@ class Engine:
 
     def _request(self, index: int, prompt: Prompt, settings: Settings) -> _Request:
         length, context = len(prompt.token_ids), self._processor.max_length
-        room = context - length
-        if room < (settings.max_new_tokens or max(1, settings.min_new_tokens)):
-            asked = settings.max_new_tokens or settings.min_new_tokens
+        if length == 0:
+            raise InputError("the prompt has no tokens: ask something")
+        room, least = context - length, settings.least_new_tokens
+        if room < least:
             raise InputError(
                 f"a prompt of {length} tokens leaves {room} of the context's {context} for the answer: shorten the "
-                f"prompt" + (f", or ask for at most {room} new tokens instead of {asked}" if room and asked else "")
+                f"prompt" + (f", or ask for at most {room} new tokens instead of {least}" if room and least > 1 else "")
             )
         max_new_tokens = settings.max_new_tokens or min(max(MAX_NEW_TOKENS, settings.min_new_tokens), room)
         rope = self._model.config.language_model.rope
@@ -117,32 +141,35 @@ class Engine:
     def _start(self, requests: Sequence[_Request], settings: Settings) -> tuple[decode.State, Controls]:
         """Prefixes, prompts and the first token of every answer."""
         rope_length = requests[0].rope_length
-        # Rows are filled up with rows of padding.
+        prompts = [request.prompt for request in requests]
+        # Rows are filled up with rows of padding, to a power of two that the devices share out evenly.
         rows = 1 << (len(requests) - 1).bit_length()
-        prefixes = [self._prefix(request, rope_length) for request in requests]
-        first = [
-            0 if prefix is None else self._prefix_length(request.prompt)
-            for prefix, request in zip(prefixes, requests, strict=True)
-        ]
-        rest = [request.prompt.token_ids[start:] for request, start in zip(requests, first, strict=True)]
-        padding = [np.zeros(0, np.int32)] * (rows - len(requests))
-        length = bucket(max(map(len, rest)))
-        batch = left_padded([*rest, *padding], [*first, *[0] * len(padding)], length=length)
-        new_slots = bucket(max(request.max_new_tokens for request in requests))
-        prefix_slots = max((prefix.structure.shape[1] for prefix in prefixes if prefix is not None), default=0)
-        slots = prefix_slots + length + new_slots * settings.branches
+        rows = -(-rows // self._data_shards) * self._data_shards
+        first = [_prefix_length(prompt) for prompt in prompts]
+        rest = [prompt.token_ids[start:] for prompt, start in zip(prompts, first, strict=True)]
+        none = rows - len(requests)
+        batch = left_padded([*rest, *[_NOTHING] * none], [*first, *[0] * none], length=bucket(max(map(len, rest))))
+        prefix_slots = bucket(max(first)) if any(first) else 0
+        # More is added when answers turn out to be longer.
+        new_slots = bucket(min(_FIRST_SLOTS, max(request.max_new_tokens for request in requests)))
+        slots = prefix_slots + batch["token_ids"].shape[1] + new_slots * settings.branches
+        states = self._phantom_states(prompts[0])
         cache = self._cache(rows, slots)
-        for row, prefix in enumerate(prefixes):
-            if prefix is not None:
-                cache = place_prefix(cache, prefix, np.int32(row))
+        for row, (prompt, length) in enumerate(zip(prompts, first, strict=True)):
+            if length:
+                # One at a time: the batch holds its own copy, and what is not kept is given up.
+                prefix = self._prefix(prompt, length, states, rope_length)
+                slots = min(prefix_slots, prefix.structure.shape[1])
+                cache = place_prefix(cache, prefix, np.int32(row), slots=slots)
         cache = dataclasses.replace(cache, length=np.int32(prefix_slots))
         asked = self._controls(requests, settings, rows)
         state = decode.start(
             self._model,
             self._params,
             cache,
-            self._phantom_states(requests[0].prompt),
+            states,
             batch,
+            self._last_images(prompts, batch),
             asked,
             branches=settings.branches,
             beam_search=settings.num_beams > 1,
@@ -152,25 +179,38 @@ class Engine:
         return state, asked
 
     def _advance(self, state: decode.State, asked: Controls, limit: int, rope_length: int) -> decode.State:
-        return decode.advance(self._model, self._params, state, asked, np.int32(limit), rope_length=rope_length)
+        while True:
+            held = state.tokens.shape[2]
+            now = np.int32(min(limit, held))
+            state = decode.advance(self._model, self._params, state, asked, now, rope_length=rope_length)
+            if limit <= held or np.all(jax.device_get(state.done)):
+                return state
+            state = decode.widen(state, asked.pad_id, new_slots=bucket(min(limit, 2 * held)))
 
-    @staticmethod
-    def _prefix_length(prompt: Prompt) -> int:
-        # At least one token must be left to predict from.
-        return min(prompt.prefix_length, len(prompt.token_ids) - 1)
-
-    def _prefix(self, request: _Request, rope_length: int) -> Cache | None:
-        prompt = request.prompt
-        length = self._prefix_length(prompt)
-        if length == 0:
-            return None
+    def _prefix(self, prompt: Prompt, length: int, states, rope_length: int) -> Cache:
         return self.prefixes.get(
             prompt.token_ids[:length],
             prompt.image_slots[:length],
             prompt.tiles,
-            empty=self._cache(1, 0).with_phantom(self._phantom_states(prompt)),
+            empty=self._cache(1, 0).with_phantom(states),
             rope_length=rope_length,
         )
+
+    def _last_images(self, prompts: Sequence[Prompt], batch: dict[str, np.ndarray]) -> jax.Array | None:
+        """Features [B, F, D] of the prompts that end in an image (they have no prefix); their slots go into `batch`."""
+        features = {}
+        for row, prompt in enumerate(prompts):
+            if prompt.image_slots[-1] >= 0:
+                batch.setdefault("image_slots", np.full_like(batch["token_ids"], -1))
+                batch["image_slots"][row, -len(prompt.image_slots) :] = prompt.image_slots
+                features[row] = self.prefixes.encode(prompt.tiles)[0]
+        if not features:
+            return None
+        size = max(len(one) for one in features.values())
+        out = np.zeros((len(batch["token_ids"]), size, self._model.config.language_model.embed_dim), self._model.dtype)
+        for row, one in features.items():
+            out[row, : len(one)] = one
+        return jnp.asarray(out)
 
     def _cache(self, rows: int, slots: int) -> Cache:
         config, dtype = self._model.config.language_model, self._model.dtype
@@ -194,6 +234,8 @@ class Engine:
     def _controls(self, requests: Sequence[_Request], settings: Settings, rows: int) -> Controls:
         strings, stop_ids = check_stops(settings.stop, self._processor.tokenizer)
         if strings and strings not in self._stop_tables:
+            if len(self._stop_tables) == _STOP_TABLES:
+                self._stop_tables.pop(next(iter(self._stop_tables)))
             self._stop_tables[strings] = jax.device_put(stop_table(self._processor.token_bytes, strings))
         seeds = np.zeros(rows, np.uint32)
         limits = np.ones(rows, np.int32)
@@ -202,10 +244,11 @@ class Engine:
             seen = np.zeros((rows, self._model.config.language_model.vocab_size), bool)
         for row, request in enumerate(requests):
             # Prompts draw different samples, and the same prompt the same ones whatever stands beside it.
-            seeds[row] = zlib.crc32(request.prompt.token_ids.tobytes(), settings.seed & 0xFFFFFFFF)
+            prompt = request.prompt
+            seeds[row] = zlib.crc32(prompt.tiles.tobytes(), zlib.crc32(prompt.token_ids.tobytes(), settings.seed))
             limits[row] = request.max_new_tokens
             if seen is not None:
-                seen[row, request.prompt.token_ids] = True
+                seen[row, prompt.token_ids] = True
         return controls(
             settings,
             max_new_tokens=limits,

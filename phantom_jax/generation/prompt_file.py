@@ -100,7 +100,7 @@ def check_lengths(
       InputError: some are too long; all are checked.
     """
     problems = []
-    room = settings.max_new_tokens or max(1, settings.min_new_tokens)
+    room = settings.least_new_tokens
     for prompt in prompts:
         counts = [processor.tile_count(*size) for size in prompt.sizes]
         try:

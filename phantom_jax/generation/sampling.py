@@ -6,7 +6,7 @@ Rules run in the order of transformers: repetition penalty, minimum length, temp
 import jax
 import jax.numpy as jnp
 
-from phantom_jax.generation.settings import Controls
+from phantom_jax.generation.controls import Controls
 
 
 def adjust(scores_BKV: jax.Array, seen_BKV: jax.Array | None, step: jax.Array, controls: Controls) -> jax.Array:

@@ -7,6 +7,7 @@ another. Slot `t * branches + k` of the last part holds token t of branch k.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +29,28 @@ def bucket(count: int) -> int:
     return size
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def place_prefix(cache: Cache, prefix: Cache, row: jax.Array) -> Cache:
-    """A batch's cache with a prefix [1, S', ...] in the first slots of one of its rows."""
+def over_tokens(function: Callable[..., jax.Array], cache: Cache, *others: Cache) -> Cache:
+    """Applies a function to all arrays with an axis of tokens, keys and values and where they stand; axis 1 is it."""
+    layers = tuple(
+        dataclasses.replace(jax.tree.map(function, *map(_tokens, same)), phantom=same[0].phantom)
+        for same in zip(cache.layers, *(other.layers for other in others), strict=True)
+    )
+    structure = jax.tree.map(function, cache.structure, *(other.structure for other in others))
+    return dataclasses.replace(cache, layers=layers, structure=structure)
+
+
+def _tokens(layer: LayerCache) -> LayerCache:
+    return dataclasses.replace(layer, phantom=None)
+
+
+@functools.partial(jax.jit, static_argnames="slots", donate_argnames="cache")
+def place_prefix(cache: Cache, prefix: Cache, row: jax.Array, *, slots: int) -> Cache:
+    """A batch's cache with the first `slots` slots of a prefix [1, S, ...] in the first slots of one of its rows."""
 
     def put(whole, part):
-        return jax.lax.dynamic_update_slice(whole, part, (row,) + (0,) * (whole.ndim - 1))
+        return jax.lax.dynamic_update_slice(whole, part[:, :slots], (row,) + (0,) * (whole.ndim - 1))
 
-    layers = tuple(
-        dataclasses.replace(jax.tree.map(put, _tokens(whole), _tokens(part)), phantom=whole.phantom)
-        for whole, part in zip(cache.layers, prefix.layers, strict=True)
-    )
-    return Cache(layers, jax.tree.map(put, cache.structure, prefix.structure), cache.length)
+    return over_tokens(put, cache, prefix)
 
 
 def reorder_branches(cache: Cache, parents_BK: jax.Array, new_slots: int) -> Cache:
@@ -53,15 +64,8 @@ def reorder_branches(cache: Cache, parents_BK: jax.Array, new_slots: int) -> Cac
         part = jnp.take_along_axis(part, index, axis=2).reshape(whole.shape[0], -1, *whole.shape[2:])
         return jax.lax.dynamic_update_slice_in_dim(whole, part, first, axis=1)
 
-    layers = tuple(
-        dataclasses.replace(jax.tree.map(move, _tokens(layer)), phantom=layer.phantom) for layer in cache.layers
-    )
-    return dataclasses.replace(cache, layers=layers)
-
-
-def _tokens(layer: LayerCache) -> LayerCache:
-    """The arrays with an axis of tokens."""
-    return dataclasses.replace(layer, phantom=None)
+    # Where tokens stand does not change: token t of branch k is again in slot t * branches + k.
+    return dataclasses.replace(over_tokens(move, cache), structure=cache.structure)
 
 
 def left_padded(rows: list[np.ndarray], starts: list[int], *, length: int) -> dict[str, np.ndarray]:

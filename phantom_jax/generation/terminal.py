@@ -118,7 +118,7 @@ class _Terminal:
         try:
             with contextlib.closing(self._chat.ask(text)) as pieces:
                 for piece in pieces:
-                    self._output.write(_printable(piece))
+                    self._output.write(printable(piece))
                     self._output.flush()
         except KeyboardInterrupt:
             if not self._interactive:
@@ -129,7 +129,7 @@ class _Terminal:
             self._say("")
 
     def _say(self, line: str) -> None:
-        print(_printable(line), file=self._output, flush=True)
+        print(printable(line), file=self._output, flush=True)
 
 
 def _words(rest: str) -> list[str]:
@@ -140,6 +140,6 @@ def _words(rest: str) -> list[str]:
         return [rest]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """What a model says must not steer the terminal: control characters become U+FFFD."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)

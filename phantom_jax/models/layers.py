@@ -88,3 +88,16 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", zeros, x.shape[-1:], jnp.float32)
         return norm.layer_norm(x, scale, bias, self.epsilon)
+
+
+def cast_weights(params: Any, dtype: Any) -> Any:
+    """Parameters whose kernels and tables have the dtype of the computation, as every use of them casts them.
+
+    Vectors and scales stay: norms and gates compute in float32. Quantised kernels stay.
+    """
+
+    def cast(path, leaf):
+        stays = isinstance(leaf, QuantizedTensor) or leaf.ndim < 2 or path[-1].key == "scale"
+        return leaf if stays else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))

@@ -90,7 +90,12 @@ class VisionLanguageModel(nn.Module):
         return features.reshape(batch, -1, features.shape[-1])
 
     def hidden_states(
-        self, batch: Mapping[str, jax.Array], *, rope_length: int, cache: Cache | None = None
+        self,
+        batch: Mapping[str, jax.Array],
+        *,
+        rope_length: int,
+        cache: Cache | None = None,
+        features: jax.Array | None = None,
     ) -> DecoderOutput:
         """Runs the decoder over a batch.
 
@@ -99,6 +104,7 @@ class VisionLanguageModel(nn.Module):
             where there are branches.
           rope_length: longest single conversation, static.
           cache: of the tokens before these, for decoding.
+          features: [B, F, D], what `image_features` gave for the pixels, where it was called before.
 
         Returns:
           `DecoderOutput`.
@@ -110,6 +116,7 @@ class VisionLanguageModel(nn.Module):
         x_BLD = self.language_model.embed(token_ids)
         if "pixels" in batch:
             features = self.image_features(batch["pixels"])
+        if features is not None:
             slots = batch["image_slots"][:, :, None]
             x_BLD = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x_BLD)
         structure = Structure(batch["positions"], batch["segment_ids"], branch_ids)

@@ -39,7 +39,9 @@ def parameter_shardings(model: VisionLanguageModel, mesh: Mesh, rules: Mapping[s
         names = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
         return NamedSharding(mesh, partition(names, nn.meta.unbox(leaf).shape, mesh, rules))
 
-    is_leaf = lambda leaf: isinstance(leaf, nn.Partitioned | jax.ShapeDtypeStruct)  # noqa: E731
+    def is_leaf(leaf):
+        return isinstance(leaf, nn.Partitioned | jax.ShapeDtypeStruct)
+
     return jax.tree.map(sharding, abstract_parameters(model), is_leaf=is_leaf)
 
 
@@ -47,7 +49,7 @@ def cache_shardings(cache: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
     """The sharding of each array of a key-value cache: rows and kv heads are split."""
 
     def sharding(leaf):
-        # Keys, values and their scales are [B, S, K, ...], the structure [B, S]; constants of one token have B = S = 1.
+        # Keys, values and their scales are [B, S, K, ...], the structure [B, S], the length is a scalar.
         names = {4: (axes.ACTIVATION_BATCH, None, axes.KV_HEADS, None), 2: (axes.ACTIVATION_BATCH, None), 0: ()}
         return NamedSharding(mesh, partition(names[leaf.ndim], leaf.shape, mesh, rules))
 

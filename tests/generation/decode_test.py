@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from phantom_jax.generation import decode, sampling
+from phantom_jax.generation.controls import controls
 from phantom_jax.generation.prefix import first_token_states
-from phantom_jax.generation.settings import Settings, controls
+from phantom_jax.generation.settings import Settings
 from tests.generation.run import run, unrolled
 from tests.models import small
 

@@ -1,11 +1,13 @@
 """Answers through the library's handle: batches, shared prefixes, streaming, and what compiles."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from phantom_jax.errors import InputError
-from phantom_jax.generation import decode, prefix
+from phantom_jax.generation import engine, prefix
 from phantom_jax.generation.settings import Settings
 from tests.generation import tiny
 
@@ -45,10 +47,16 @@ def test_a_batch_equals_its_rows_one_by_one(vlm, settings):
     assert by_two == together
 
 
-def test_the_prefix_changes_no_token(vlm):
+@pytest.mark.parametrize("ends_in_an_image", [False, True])
+def test_the_prefix_changes_no_token(vlm, ends_in_an_image):
     """A prompt read in two parts gives the tokens that it gives in one."""
+    if ends_in_an_image:
+        # As LLaVA's `plain`: images, and nothing behind them.
+        template = dataclasses.replace(vlm.processor.template, assistant="", image_end="")
+        vlm = dataclasses.replace(vlm, processor=dataclasses.replace(vlm.processor, template=template))
     for question, pictures in requests():
-        prompt = vlm.processor.encode_prompt(question, pictures)
+        prompt = vlm.processor.encode_prompt("<image>" * len(pictures) if ends_in_an_image else question, pictures)
+        assert (prompt.image_slots[-1] >= 0) == (ends_in_an_image and bool(pictures))
         [[ours]] = vlm.engine.answer([prompt], Settings(max_new_tokens=9))
         row = np.concatenate([prompt.token_ids, ours])[None].astype(np.int32)
         slots = np.full_like(row, -1)
@@ -145,21 +153,36 @@ def test_beams_give_as_many_answers_as_asked(vlm):
     assert len(answers) == 4 and answers[0] == vlm.generate("What is this?", num_beams=4, max_new_tokens=6)
 
 
-def test_requests_of_a_size_compile_nothing(vlm):
-    programs = (decode.start, decode.advance, prefix.extend, prefix.first_token_states)
-    # Two questions and images of other contents and lengths, but of the same sizes.
+@pytest.fixture
+def compiled():
+    """Names of what is compiled while the test runs."""
+    names = []
+
+    def listen(event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(details.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_requests_of_a_size_compile_nothing(vlm, compiled):
     vlm.generate(["What is this?", "How?"], images=[[tiny.image(48, 16, seed=20)], []], **NEW)
-    with jax.log_compiles(False):
-        counts = [program._cache_size() for program in programs]
-        vlm.generate(["Read it. Read!", "Is this?"], images=[[tiny.image(48, 16, seed=21)], []], max_new_tokens=5)
-        vlm.generate(["What?", "How many?"], images=[[], [tiny.image(48, 16, seed=22)]], min_new_tokens=2, **NEW)
-        assert [program._cache_size() for program in programs] == counts
+    list(vlm.stream("What is this?", images=[tiny.image(48, 16, seed=20)], **NEW))
+    compiled.clear()
+    # Questions and images of other contents and lengths, but of the same sizes.
+    vlm.generate(["Read it. Read!", "Is this?"], images=[[tiny.image(48, 17, seed=21)], []], max_new_tokens=5)
+    vlm.generate(["What?", "How many?"], images=[[], [tiny.image(50, 16, seed=22)]], min_new_tokens=2, **NEW)
+    list(vlm.stream("Read it.", images=[tiny.image(48, 16, seed=23)], max_new_tokens=5))
+    assert not compiled
+    vlm.generate("What is this?", images=[tiny.image(16, 48, seed=20)], num_beams=2, **NEW)
+    assert compiled, "the listener sees what is compiled"
 
 
 def test_a_cache_of_8_bits_answers_alike():
     exact, coarse = tiny.handle(), tiny.handle()
     coarse.int8_cache = True
-    questions, images = zip(*requests(), strict=True)
     first = [
         handle.engine.answer(
             [handle.processor.encode_prompt(*request) for request in requests()], Settings(max_new_tokens=4)
@@ -199,6 +222,18 @@ def test_beams_and_several_answers_are_not_streamed(vlm):
         vlm.stream("What?", num_answers=2, temperature=1.0)
     with pytest.raises(InputError, match="is not an image"):
         vlm.stream("What?", images=[b"no image at all"])
+    with pytest.raises(InputError, match="ask for at most"):
+        vlm.stream("What?", max_new_tokens=155)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "num_answers": 2}, {"temperature": 1.0, "num_answers": 2}])
+def test_long_answers_get_more_room_on_the_way(settings, monkeypatch):
+    long = {"max_new_tokens": 60, "min_new_tokens": 50, **settings}
+    whole = tiny.handle().generate("What is this?", **long)
+    monkeypatch.setattr(engine, "_FIRST_SLOTS", 16)
+    assert tiny.handle().generate("What is this?", **long) == whole
+    if not settings:
+        assert "".join(tiny.handle().stream("What is this?", **long)) == whole
 
 
 def test_no_prompts_no_answers(vlm):

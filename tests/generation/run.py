@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from phantom_jax.generation import decode
-from phantom_jax.generation.settings import Settings, controls
+from phantom_jax.generation.controls import controls
+from phantom_jax.generation.settings import Settings
 from phantom_jax.generation.stops import stop_table
 from phantom_jax.models.cache import empty_cache
 from phantom_jax.models.decoder import unstack_layers
@@ -57,6 +58,7 @@ def run(
         cache,
         phantom,
         batch,
+        None,
         asked,
         branches=branches,
         beam_search=settings.num_beams > 1,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from phantom_jax.generation import sampling
-from phantom_jax.generation.settings import Settings, controls
+from phantom_jax.generation.controls import controls
+from phantom_jax.generation.settings import Settings
 
 VOCABULARY = 40
 

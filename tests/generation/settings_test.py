@@ -27,6 +27,9 @@ from phantom_jax.generation.settings import Settings
         ({"length_penalty": float("inf")}, "length_penalty is inf"),
         ({"early_stopping": "soon"}, "early_stopping is 'soon': set it to True, False or 'never'"),
         ({"num_answers": 3}, "greedy decoding would be 3 equal answers"),
+        ({"temperature": 1e-9}, "temperature is 1e-09: set it to 0, greedy decoding, or to 0.001 or more"),
+        ({"top_k": 2, "num_beams": 3, "temperature": 1.0}, "top_k=2 leaves fewer continuations than num_beams=3"),
+        ({"seed": 2**32}, "seed is 4294967296: set it below 2147483648"),
         ({"num_answers": 3, "num_beams": 2}, "2 beams have no 3 answers"),
     ],
 )

@@ -8,7 +8,8 @@ import transformers
 
 from phantom_jax import pretrained
 from phantom_jax.generation import sampling
-from phantom_jax.generation.settings import Settings, controls
+from phantom_jax.generation.controls import controls
+from phantom_jax.generation.settings import Settings
 from tests.generation.run import run
 
 VOCABULARY, NEW = 60, 9

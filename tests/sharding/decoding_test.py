@@ -60,6 +60,11 @@ def test_weights_and_cache_are_split(folder):
     assert share(quantized.params["language_model"]["layers_0"]["gate"]["kernel"].codes) == 1 / 8
 
 
+def test_a_mesh_that_would_split_nothing_is_refused(folder):
+    with pytest.raises(InputError, match="splits nothing over mesh axis 'fsdp'.*use data, tensor"):
+        pretrained.load(folder, mesh={"fsdp": 8})
+
+
 def test_a_mesh_that_cannot_be():
     for shape, message in (
         ({"tensr": 2}, "no axis 'tensr': did you mean 'tensor'"),
