@@ -84,7 +84,9 @@ def main() -> None:
         error = np.sqrt(np.mean(np.square(logits - exact))) / exact.std()
         other = np.mean(np.argmax(logits, -1) != np.argmax(exact, -1))
         answers = answer_all(vlm, questions, records, batch_size=64, max_new_tokens=16)
-        right = np.mean([answer == question.truth for answer, question in zip(answers, questions, strict=True)])
+        right = np.mean(
+            [answer.strip() == question.truth.strip() for answer, question in zip(answers, questions, strict=True)]
+        )
         cells = [name, f"{sum(leaf.nbytes for leaf in jax.tree.leaves(layers)):,}", f"{token:,}"]
         cells += [f"{100 * error:.2f} %", f"{100 * other:.1f} %", f"{100 * right:.1f} %"]
         print(f"| {' | '.join(cells)} |", flush=True)

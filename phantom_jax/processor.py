@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import tokenizers
 
-from phantom_jax.batch import IGNORE, Batch
 from phantom_jax.data import conversation, tiles
 from phantom_jax.data.conversation import Conversation, Template, Turn
 from phantom_jax.data.runs import RunEncoder
@@ -198,53 +197,3 @@ class Processor:
             return cls(tokenizer=load_tokenizer(directory), **config)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} does not describe a processor: {error}. Save the model again.") from error
-
-
-def pad_prompts(
-    prompts: Sequence[Prompt], *, pad_id: int, length: int | None = None, max_tiles: int | None = None
-) -> Batch:
-    """Batches prompts for generation, padded on the left so that all end at the same place.
-
-    Args:
-      prompts: at least one.
-      pad_id: fills `token_ids` where `segment_ids` is 0.
-      length: tokens of a row; by default those of the longest prompt.
-      max_tiles: tiles of a row; by default those of the prompt that has most.
-
-    Returns:
-      A batch without targets, where each row's first real token has position 0. `row_ids` count the prompts.
-
-    Raises:
-      InputError: a prompt is longer than `length` or has more tiles than `max_tiles`.
-    """
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    most = max(len(prompt.tiles) for prompt in prompts)
-    length, max_tiles = length or longest, most if max_tiles is None else max_tiles
-    if longest > length or most > max_tiles:
-        raise InputError(
-            f"A prompt has {longest} tokens and a prompt has {most} tiles, but rows hold {length} and {max_tiles}. "
-            "Shorten the prompt or set the context higher."
-        )
-    shape = (len(prompts), length)
-    ids, slots = np.full(shape, pad_id, np.int32), np.full(shape, -1, np.int32)
-    positions, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    pixels = np.zeros((len(prompts), max_tiles, *prompts[0].tiles.shape[1:]), np.uint8)
-    for row, prompt in enumerate(prompts):
-        count = len(prompt.token_ids)
-        ids[row, length - count :] = prompt.token_ids
-        slots[row, length - count :] = prompt.image_slots
-        positions[row, length - count :] = np.arange(count)
-        segments[row, length - count :] = 1
-        pixels[row, : len(prompt.tiles)] = prompt.tiles
-    return Batch(
-        token_ids=ids,
-        positions=positions,
-        segment_ids=segments,
-        branch_ids=np.zeros(shape, np.int32),
-        image_slots=slots,
-        targets=np.full(shape, IGNORE, np.int32),
-        sft_mask=np.zeros(shape, bool),
-        answer_slots=np.zeros(shape, np.int32),
-        pixels=pixels,
-        row_ids=np.arange(len(prompts), dtype=np.int32),
-    )

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phantom_jax.batch import IGNORE
 from phantom_jax.data.conversation import TEMPLATES
 from phantom_jax.data.tokenizer import train_tokenizer
 from phantom_jax.errors import InputError
-from phantom_jax.processor import Processor, pad_prompts
+from phantom_jax.processor import Processor
 
 TEXTS = ["user\n", "assistant\n", "What is the first digit?", "How many digits are there?", "Read the number."]
 
@@ -136,37 +135,6 @@ def test_long_prompts_are_refused_not_cut(processor):
 def test_marks_must_fit_the_images(processor):
     with pytest.raises(InputError, match="more <image> marks than images"):
         processor.encode_prompt("<image><image>", [image(32, 32)])
-
-
-def test_left_padding(processor):
-    prompts = [
-        processor.encode_prompt("Read the number.", [image(96, 64)]),
-        processor.encode_prompt("How many digits are there?", [image(32, 32)]),
-        processor.encode_prompt("Read"),
-    ]
-    batch = pad_prompts(prompts, pad_id=processor.pad_id)
-    longest = len(prompts[0].token_ids)
-    assert batch["token_ids"].shape == (3, longest) and batch["pixels"].shape == (3, 7, 32, 32, 3)
-    for row, prompt in enumerate(prompts):
-        start = longest - len(prompt.token_ids)
-        np.testing.assert_array_equal(batch["token_ids"][row, start:], prompt.token_ids)
-        np.testing.assert_array_equal(batch["positions"][row, start:], np.arange(len(prompt.token_ids)))
-        np.testing.assert_array_equal(batch["image_slots"][row, start:], prompt.image_slots)
-        np.testing.assert_array_equal(batch["segment_ids"][row], np.arange(longest) >= start)
-        assert (batch["token_ids"][row, :start] == processor.pad_id).all()
-        assert (batch["image_slots"][row, :start] == -1).all()
-        np.testing.assert_array_equal(batch["pixels"][row, : len(prompt.tiles)], prompt.tiles)
-        assert not batch["pixels"][row, len(prompt.tiles) :].any()
-    assert (batch["targets"] == IGNORE).all() and not batch["sft_mask"].any() and not batch["answer_slots"].any()
-
-
-def test_fixed_sizes_for_padding(processor):
-    prompt = processor.encode_prompt("Read", [image(32, 32)])
-    batch = pad_prompts([prompt], pad_id=0, length=64, max_tiles=7)
-    assert batch["token_ids"].shape == (1, 64) and batch["pixels"].shape[:2] == (1, 7)
-    for sizes in ({"length": 4}, {"max_tiles": 0}):
-        with pytest.raises(InputError, match="rows hold"):
-            pad_prompts([prompt], pad_id=0, **sizes)
 
 
 def test_decoding_stops_at_the_end_marker(processor):
