@@ -1,6 +1,6 @@
 """What fewer bits cost: weights in int8 and NF4, keys and values in int8, on a trained model.
 
-    python benchmarks/compression.py --model=runs/quickstart/model --data_dir=runs/quickstart/data
+    python benchmarks/quantization.py --model=runs/quickstart/model --data_dir=runs/quickstart/data
 
 For each way: bytes of the language model's layers, bytes of a cached token, the error of the logits at the tokens of
 true answers (root mean square, as a share of the logits' standard deviation), how often the likeliest token is another
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from phantom_jax.data.sources import open_records
-from phantom_jax.evaluation.exact_match import answer_all, questions_of, spread
+from phantom_jax.evaluation.exact_match import answer_all, questions_of, score, spread
 from phantom_jax.models.cache import empty_cache
 from phantom_jax.ops.image import normalize_pixels
 from phantom_jax.pretrained import load
@@ -84,11 +84,9 @@ def main() -> None:
         error = np.sqrt(np.mean(np.square(logits - exact))) / exact.std()
         other = np.mean(np.argmax(logits, -1) != np.argmax(exact, -1))
         answers = answer_all(vlm, questions, records, batch_size=64, max_new_tokens=16)
-        right = np.mean(
-            [answer.strip() == question.truth.strip() for answer, question in zip(answers, questions, strict=True)]
-        )
+        right, count = score(questions, answers)["all"]["all"]
         cells = [name, f"{sum(leaf.nbytes for leaf in jax.tree.leaves(layers)):,}", f"{token:,}"]
-        cells += [f"{100 * error:.2f} %", f"{100 * other:.1f} %", f"{100 * right:.1f} %"]
+        cells += [f"{100 * error:.2f} %", f"{100 * other:.1f} %", f"{100 * right / count:.1f} %"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
