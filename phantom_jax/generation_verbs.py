@@ -1,5 +1,6 @@
 """The verbs `generate` and `chat`, and the flags that they share."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -160,6 +161,7 @@ def _load(values: flags.FlagValues) -> Any:
 
 
 def _answer_file(values: flags.FlagValues) -> None:
+    from phantom_jax.data.stop_strings import check_stops
     from phantom_jax.generation.answer_file import AnswerFile, answer_prompts
     from phantom_jax.generation.prompt_file import check_lengths, read_prompts
     from phantom_jax.generation.settings import Settings
@@ -170,8 +172,6 @@ def _answer_file(values: flags.FlagValues) -> None:
     prompts = read_prompts(values.prompts, image_folder=values.image_folder)
     options = {name: values[name].value for name in _OPTIONS}
     with AnswerFile(values.output, prompts, model=values.model, settings=settings, options=options) as answers:
-        if answers.cut:
-            print(f"cut off half a line at the end of {values.output} ({answers.cut} bytes)", file=sys.stderr)
         if answers.done == len(prompts):
             print(f"all {len(prompts):,} prompts are answered in {values.output}: nothing to do")
             return
@@ -179,6 +179,9 @@ def _answer_file(values: flags.FlagValues) -> None:
             print(f"{answers.done:,} of {len(prompts):,} prompts are answered already, going on", file=sys.stderr)
         handle = _load(values)
         check_lengths(prompts, handle.processor, settings, path=values.prompts)
+        check_stops(settings.stop, handle.processor.tokenizer)
+        if answers.cut:
+            print(f"cut off half a line at the end of {values.output} ({answers.cut} bytes)", file=sys.stderr)
         answer_prompts(handle, answers, batch_size=values.batch_size or BATCH_SIZE, settings=given)
     print(f"{len(prompts):,} answers are in {values.output}")
 
@@ -213,6 +216,8 @@ def _check_combination(values: flags.FlagValues) -> None:
             if values[name].present:
                 raise InputError(f"--{name} goes with --prompts, a file of questions. Give that, or leave it out.")
         return
+    if values.output and os.path.realpath(values.output) == os.path.realpath(values.prompts):
+        raise InputError(f"--output is the file of prompts itself, {values.prompts!r}. Set it to another file.")
     if values.output is None:
         raise InputError("--prompts needs --output: the .jsonl file that the answers are written to.")
     if values.stream:

@@ -27,7 +27,7 @@ from phantom_jax.models.decoder import stack_layers, unstack_layers
 from phantom_jax.models.quantization import quantize_params
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
 from phantom_jax.ops.quantize import QuantizedTensor
-from phantom_jax.processor import Processor
+from phantom_jax.processor import Processor, Prompt
 from phantom_jax.sharding.mesh import make_mesh
 from phantom_jax.sharding.rules import DECODING, parameter_shardings
 
@@ -88,8 +88,7 @@ class VisionLanguage:
         asked = Settings.of(settings)
         _check_images(images)
         if isinstance(prompt, str):
-            encoded = self._processor().encode_prompt(prompt, images, history=history)
-            return self._answer([encoded], asked)[0]
+            return self._answer([self._encode(prompt, images, history)], asked)[0]
         if not isinstance(prompt, list | tuple):
             raise InputError(f"prompt is {type(prompt).__name__}: give a question, or a list of questions")
         if history:
@@ -102,12 +101,7 @@ class VisionLanguage:
         for first in range(0, len(prompt), batch_size):
             batch = slice(first, first + batch_size)
             questions, pictures = prompt[batch], images[batch] or [()] * len(prompt[batch])
-            for item in pictures:
-                _check_images(item)
-            encoded = [
-                self._processor().encode_prompt(question, item)
-                for question, item in zip(questions, pictures, strict=True)
-            ]
+            encoded = [self._encode(question, item) for question, item in zip(questions, pictures, strict=True)]
             answers += self._answer(encoded, asked)
         return answers
 
@@ -123,10 +117,22 @@ class VisionLanguage:
         """
         asked = Settings.of(settings)
         asked.check_streamable()
-        _check_images(images)
-        encoded = self._processor().encode_prompt(prompt, images, history=history)
-        tokens = self.engine.stream(encoded, asked)
+        tokens = self.engine.stream(self._encode(prompt, images, history), asked)
         return _pieces(tokens, self._text(asked))
+
+    def _encode(self, prompt: Any, images: Sequence[Any], history: Sequence[Turn] = ()) -> Prompt:
+        _check_images(images)
+        for turn in history:
+            if not (isinstance(turn, tuple | list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+                raise InputError(f"history holds {turn!r}: give pairs of a question and its answer")
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt is {type(prompt).__name__}: give a question as text")
+        if not prompt.strip() and not images:
+            raise InputError(f"prompt is {prompt!r}, and there is no image: ask something")
+        for text in (prompt, *(text for turn in history for text in turn)):
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise InputError(f"{text[:40]!r} holds half a surrogate pair, which is no text: decode it as UTF-8")
+        return self._processor().encode_prompt(prompt, images, history=history)
 
     def _answer(self, prompts, settings: Settings) -> list[Any]:
         texts = []

@@ -18,8 +18,6 @@ from phantom_jax.errors import InputError
 from phantom_jax.generation.prompt_file import FilePrompt
 from phantom_jax.generation.settings import Settings
 
-# What every line begins with: a last line without its end is only cut off where it begins so too.
-_OPENING = b'{"question_id": '
 # From each of these places in a large file so many bytes tell one set of weights from another.
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "params/**/*")
@@ -70,6 +68,7 @@ class AnswerFile:
         if self.path.exists() and not self.path.is_file():
             raise InputError(f"output {self.path} is no file that can be gone on with. Set --output to a .jsonl file.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._made = not self.path.exists()
         self._file = self.path.open("ab+")
         try:
             self._lock()
@@ -80,7 +79,7 @@ class AnswerFile:
             self.close()
             raise
         self.done, self.cut = len(lines), len(half)
-        self._file.truncate(self._file.tell() - len(half))
+        self._keep = self._file.tell() - len(half)
 
     def __enter__(self):
         return self
@@ -89,14 +88,19 @@ class AnswerFile:
         self.close()
 
     def close(self) -> None:
+        """Gives the file free; one that was made here and got no answer is removed."""
+        if self._made and self._file.seek(0, os.SEEK_END) == 0:
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
     def write(self, answers: Sequence[str] | Sequence[list[str]]) -> None:
-        """Adds the answers to the next prompts."""
+        """Adds the answers to the next prompts; the first call cuts off the half line."""
+        self._file.truncate(self._keep)
         prompts = self.prompts[self.done : self.done + len(answers)]
         lines = [json.dumps(self._line(prompt, answer)) + "\n" for prompt, answer in zip(prompts, answers, strict=True)]
         self._file.write("".join(lines).encode())
         self._file.flush()
+        self._keep = self._file.tell()
         self.done += len(answers)
 
     def _line(self, prompt: FilePrompt, answer: str | list[str]) -> dict[str, Any]:
@@ -105,6 +109,12 @@ class AnswerFile:
         told = json.dumps([known, self._model_id, metadata])
         answer_id = hashlib.sha256(told.encode()).hexdigest()[:16]
         return {**known, "answer_id": answer_id, "model_id": self._model_id, "metadata": metadata}
+
+    @staticmethod
+    def _opening(prompt: FilePrompt) -> bytes:
+        """What the line of a prompt begins with."""
+        known = json.dumps({"question_id": prompt.question_id, "prompt": prompt.text})
+        return f'{known[:-1]}, "text": '.encode()
 
     def _lock(self) -> None:
         try:
@@ -116,10 +126,15 @@ class AnswerFile:
             ) from error
 
     def _check(self, lines: Sequence[bytes], half: bytes) -> None:
-        if not (half.startswith(_OPENING) or _OPENING.startswith(half)):
-            raise self._refusal(f"its line {len(lines) + 1} is not an answer")
         if len(lines) > len(self.prompts):
             raise self._refusal(f"it holds {len(lines)} answers, to {len(self.prompts)} prompts")
+        if half:
+            opening = self._opening(self.prompts[len(lines)]) if len(lines) < len(self.prompts) else b"\n"
+            if _is_json(half):
+                # Whole but for its end: it is ours, or somebody's.
+                lines = [*lines, half]
+            elif not (half.startswith(opening) or opening.startswith(half)):
+                raise self._refusal(f"its line {len(lines) + 1} is not an answer")
         for number, (line, prompt) in enumerate(zip(lines, self.prompts, strict=False), 1):
             try:
                 theirs = json.loads(line)
@@ -146,6 +161,14 @@ class AnswerFile:
 
     def _refusal(self, what: str) -> InputError:
         return InputError(f"output {self.path} is kept as it is: {what}. Set --output to another file.")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def answer_prompts(handle: Any, answers: AnswerFile, *, batch_size: int, settings: Mapping[str, Any]) -> None:

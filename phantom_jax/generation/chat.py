@@ -10,6 +10,7 @@ from absl import logging
 
 from phantom_jax.data import tiles
 from phantom_jax.data.conversation import IMAGE_MARK
+from phantom_jax.data.stop_strings import check_stops
 from phantom_jax.errors import InputError
 from phantom_jax.generation.engine import MAX_NEW_TOKENS
 from phantom_jax.generation.settings import Settings
@@ -65,6 +66,12 @@ class Conversation:
         self.attached: list[Attachment] = []
         self._handle, self._notify, self._settings = handle, notify, settings
         context = handle.processor.max_length
+        check_stops(checked.stop, handle.processor.tokenizer)
+        if checked.least_new_tokens >= context:
+            raise InputError(
+                f"answers of {checked.least_new_tokens} new tokens leave nothing of the context's {context} for a "
+                "question: ask for fewer"
+            )
         self._reserve = checked.max_new_tokens or max(checked.min_new_tokens, min(MAX_NEW_TOKENS, context // 4))
 
     def attach(self, path: str | os.PathLike) -> Attachment:

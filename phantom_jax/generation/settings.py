@@ -10,6 +10,8 @@ import numpy as np
 
 from phantom_jax.errors import InputError
 
+_MOST_BRANCHES = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -52,6 +54,9 @@ class Settings:
             self._check_integer(name, least, optional=name == "max_new_tokens")
         self._check_integer("top_k", 1, optional=True)
         self._check_integer("seed", 0)
+        for name in ("num_beams", "num_answers"):
+            if getattr(self, name) > _MOST_BRANCHES:
+                raise InputError(f"{name} is {getattr(self, name)}: set it to at most {_MOST_BRANCHES}")
         for name in ("top_k", "seed", "max_new_tokens", "min_new_tokens"):
             if (getattr(self, name) or 0) >= 2**31:
                 raise InputError(f"{name} is {getattr(self, name)}: set it below 2147483648")
@@ -68,9 +73,11 @@ class Settings:
             if not 0 < self.top_p <= 1:
                 raise InputError(f"top_p is {self.top_p}: set it above 0 and to at most 1")
         if self.repetition_penalty is not None:
-            self._check_number("repetition_penalty", 0.0, "1.0 is none, 1.2 a usual value")
-            if self.repetition_penalty == 0:
-                raise InputError("repetition_penalty is 0: set it above 0; 1.0 is none, 1.2 a usual value")
+            self._check_number("repetition_penalty", -math.inf, "1.0 is none, 1.2 a usual value")
+            if self.repetition_penalty <= 0:
+                raise InputError(
+                    f"repetition_penalty is {self.repetition_penalty}: set it above 0; 1.0 is none, 1.2 a usual value"
+                )
         if self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping is {self.early_stopping!r}: set it to True, False or 'never'")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:

@@ -219,3 +219,28 @@ def test_a_model_writes_what_it_says(questions, model, tmp_path):
     images = [questions.parent / "a.png"]
     for row in (rows[0], rows[7]):
         assert row["text"] == handle.generate(row["prompt"], images=images, **settings) and all(row["text"])
+
+
+@pytest.mark.parametrize(
+    "theirs", ['{"question_id": "q0", "text": "precious"}', '{"question_id": "q0", "prompt": "another", "te', "notes"]
+)
+def test_a_last_line_that_is_not_ours_is_kept(theirs, questions, model, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text(theirs)
+    with pytest.raises(InputError, match="is kept as it is: its line 1 is not an answer"):
+        _answer(questions, output, model)
+    assert output.read_text() == theirs
+
+
+def test_nothing_is_cut_or_left_before_the_first_answer(questions, model, tmp_path):
+    output, prompts = tmp_path / "out.jsonl", read_prompts(questions)
+    AnswerFile(output, prompts, model=model, settings=Settings(), options={}).close()
+    assert not output.exists()
+    _answer(questions, output, model)
+    whole = output.read_bytes()
+    for cut in (9, 1):  # the second leaves a line that is whole but for its end
+        output.write_bytes(whole[:-cut])
+        AnswerFile(output, prompts, model=model, settings=Settings(), options={}).close()
+        assert output.read_bytes() == whole[:-cut]
+        _answer(questions, output, model)
+        assert output.read_bytes() == whole

@@ -208,6 +208,9 @@ def test_a_cache_of_8_bits_answers_alike():
         (["What?", "How?"], {"images": [[]]}, "2 prompts need as many lists of images, got 1"),
         (["What?", "How?"], {"history": [("a", "b")]}, "no common history"),
         (3, {}, "prompt is int"),
+        (" ", {}, "prompt is ' ', and there is no image"),
+        ("What?", {"history": [("a",)]}, "give pairs of a question and its answer"),
+        ("a\ud800", {}, "holds half a surrogate pair"),
     ],
 )
 def test_bad_input_is_one_clear_error(vlm, prompt, arguments, message):
@@ -224,6 +227,8 @@ def test_beams_and_several_answers_are_not_streamed(vlm):
         vlm.stream("What?", images=[b"no image at all"])
     with pytest.raises(InputError, match="ask for at most"):
         vlm.stream("What?", max_new_tokens=155)
+    with pytest.raises(InputError, match="prompt is list"):
+        vlm.stream(["What?"])
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "num_answers": 2}, {"temperature": 1.0, "num_answers": 2}])

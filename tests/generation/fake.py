@@ -1,5 +1,6 @@
 """A handle that answers without a model. As a program it runs a verb's work in a process of its own."""
 
+import signal
 import sys
 import time
 
@@ -64,6 +65,8 @@ class Hanging(Handle):
 
 
 def main(what, kind, *paths):
+    # Tests that run in the background of a script inherit that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handle = {"whole": Handle, "hanging": Hanging}[kind](max_length=512)
     if what == "chat":
         run(handle, input=sys.stdin, output=sys.stdout)

@@ -23,6 +23,8 @@ from phantom_jax.generation.settings import Settings
         ({"top_p": 1.5, "temperature": 1.0}, "top_p is 1.5"),
         ({"top_p": 0.9}, "set temperature above 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"num_beams": 257}, "num_beams is 257: set it to at most 256"),
+        ({"repetition_penalty": -1}, "repetition_penalty is -1: set it above 0"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0: set it above 0"),
         ({"length_penalty": float("inf")}, "length_penalty is inf"),
         ({"early_stopping": "soon"}, "early_stopping is 'soon': set it to True, False or 'never'"),

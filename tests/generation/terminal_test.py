@@ -1,6 +1,5 @@
 """The terminal: commands, mistakes, pipes, and a real terminal with its keys."""
 
-import functools
 import io
 import os
 import pty
@@ -89,10 +88,8 @@ class _Typist:
     def __init__(self, command, cwd):
         self._screen, side = pty.openpty()
         env = {**os.environ, "TERM": "dumb"}
-        # Tests that run in the background of a script inherit that Ctrl-C is ignored.
-        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.process = subprocess.Popen(
-            command, cwd=cwd, stdin=side, stdout=side, stderr=side, env=env, start_new_session=True, preexec_fn=listen
+            command, cwd=cwd, stdin=side, stdout=side, stderr=side, env=env, start_new_session=True
         )
         os.close(side)
         self.shown = ""
