@@ -243,3 +243,21 @@ def test_long_answers_get_more_room_on_the_way(settings, monkeypatch):
 
 def test_no_prompts_no_answers(vlm):
     assert vlm.generate([]) == []
+
+
+def test_a_system_text_is_read_once():
+    vlm = tiny.handle()
+    template = dataclasses.replace(vlm.processor.template, system="<|im_start|>Read the number.<|im_end|>")
+    vlm = dataclasses.replace(vlm, processor=dataclasses.replace(vlm.processor, template=template))
+    length = vlm.processor.encode_prompt("What?").prefix_length
+    assert length > 0
+    vlm.generate(["What is this?", "How many?"], **NEW)
+    assert vlm.engine.prefixes.tokens_read == length and vlm.engine.prefixes.tokens_reused == length
+
+
+def test_sampled_beams_follow_the_seed(vlm):
+    settings = {"num_beams": 3, "num_answers": 3, "temperature": 1.5, "top_k": 30, **NEW}
+    answers = vlm.generate("What is this?", **settings)
+    assert answers == vlm.generate(["How many?", "What is this?"], **settings)[1]
+    assert len(set(answers)) == 3
+    assert vlm.generate("What is this?", seed=1, **settings) != answers
