@@ -26,27 +26,29 @@ def load_lines(layout: str, path: str | os.PathLike[str], *, base: str | None = 
     """
     _check(layout)
     path = repr(os.fspath(path))
-    if layout in ("llava-hf", "peft"):
-        processor = f"processor = AutoProcessor.from_pretrained({path})"
-        model, where = "LlavaForConditionalGeneration", path
-        if layout == "llava-hf":
-            return [
-                f"from transformers import AutoProcessor, {model}",
-                f"model = {model}.from_pretrained({where}, dtype='auto')",
-                processor,
-            ]
-        where = repr(base or _BASE)
+    model = "LlavaForConditionalGeneration"
+    if layout == "llava-hf":
+        return [
+            f"from transformers import AutoProcessor, {model}",
+            f"model = {model}.from_pretrained({path}, dtype='auto')",
+            f"processor = AutoProcessor.from_pretrained({path})",
+        ]
+    if layout == "peft":
+        under = repr(base or _BASE)
         return [
             "from peft import PeftModel",
             f"from transformers import AutoProcessor, {model}",
-            f"base = {model}.from_pretrained({where}, dtype='auto')",
+            f"base = {model}.from_pretrained({under}, dtype='auto')",
             f"model = PeftModel.from_pretrained(base, {path})",
-            f"processor = AutoProcessor.from_pretrained({where})",
+            f"processor = AutoProcessor.from_pretrained({under})",
         ]
     lines = ["import phantom_jax", f"model = phantom_jax.load({path})"]
     if layout == "llava-original":
-        loader = f"load_pretrained_model({path}, None, 'llava')"
-        lines += ["# or, with the original repository:", f"# from llava.model.builder import load_pretrained_model; {loader}"]
+        lines += [
+            "# or, with the original repository:",
+            "# from llava.model.builder import load_pretrained_model",
+            f"# tokenizer, model, image_processor, context = load_pretrained_model({path}, None, 'llava')",
+        ]
     return lines
 
 
