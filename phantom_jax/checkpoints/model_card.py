@@ -20,7 +20,7 @@ _LICENCES = {
     "qwen2": "Qwen2: Apache-2.0 for most sizes, a licence of its own for some",
     "internlm2": "InternLM2: code Apache-2.0; weights free for research, for commercial use on application",
     "phi3": "Phi-3: MIT",
-    "llama": "LLaMA and Vicuna: that of their generation (LLaMA 1 for research alone, later ones Meta's community licences)",
+    "llama": "LLaMA and Vicuna: that of their generation (LLaMA 1 for research, later ones Meta's community licences)",
     "clip": "CLIP: MIT",
     "internvit": "InternViT: MIT",
 }

@@ -135,6 +135,10 @@ def dtype_name(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def as_bytes(torch, tensor):
+    return tensor.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def write(torch, tensors, target):
     """Writes safetensors: the header's length, the header, then the bytes of each tensor, one tensor at a time."""
     # The widest first, so that each stands at a multiple of its width.
@@ -158,8 +162,7 @@ def write(torch, tensors, target):
         with open(target, "xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                flat = tensors[name].detach().resolve_neg().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy())
+                file.write(as_bytes(torch, tensors[name]))
     except OSError as error:
         raise Refused(f"{target} cannot be written: {error.strerror}") from None
 
