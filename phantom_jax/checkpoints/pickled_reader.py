@@ -7,7 +7,9 @@ tensor. On standard output it says one JSON object a line: `{"done": FILE}` for 
 first that it refuses.
 """
 
+import ctypes
 import json
+import mmap
 import os
 import re
 import shutil
@@ -42,6 +44,11 @@ _FORBIDDEN = (
     "socket.",
     "subprocess.",
 )
+# Never loses what is in a page, unlike MADV_DONTNEED.
+_MADV_PAGEOUT = 21
+_MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+if _MADVISE is not None:
+    _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Refused(Exception):
@@ -139,6 +146,18 @@ def as_bytes(torch, tensor):
     return tensor.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def give_back(tensor):
+    """Lets the kernel take the pages that a tensor was read from; they come back from the file when read again.
+
+    Where the kernel has no such call, they stay until memory runs short.
+    """
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - start
+    if length > 0 and sys.platform == "linux":
+        _MADVISE(start, length, _MADV_PAGEOUT)
+
+
 def write(torch, tensors, target):
     """Writes safetensors: the header's length, the header, then the bytes of each tensor, one tensor at a time."""
     # The widest first, so that each stands at a multiple of its width.
@@ -163,6 +182,7 @@ def write(torch, tensors, target):
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 file.write(as_bytes(torch, tensors[name]))
+                give_back(tensors[name])
     except OSError as error:
         raise Refused(f"{target} cannot be written: {error.strerror}") from None
 
