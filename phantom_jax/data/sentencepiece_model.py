@@ -66,9 +66,11 @@ class SentencePieceModel:
           InputError: a piece is one that text is made of.
         """
         pieces = list(self.pieces)
+        ids = _normal_ids(self.pieces)
         for token_id, name in names.items():
             piece = pieces[token_id]
-            if piece.text != name and piece.kind in (Kind.NORMAL, Kind.BYTE):
+            made = piece.kind is Kind.BYTE or (piece.text in ids and (len(piece.text) == 1 or _halves(piece.text, ids)))
+            if piece.text != name and made:
                 raise InputError(
                     f"token {name!r} is given id {token_id}, which is the piece {piece.text!r} of tokenizer.model: take "
                     "both files from one folder"
@@ -87,16 +89,12 @@ def parse(content: bytes) -> SentencePieceModel:
     try:
         fields = list(_fields(content))
         pieces = [_piece(_message(value)) for number, value in fields if number == 1]
-        trainer, normalizer = ({}, {})
-        for number, value in fields:
-            if number == 2:
-                trainer = _message(value)
-            elif number == 3:
-                normalizer = _message(value)
-    except (ValueError, IndexError, TypeError, struct.error) as error:
+        settings = {number: _message(value) for number, value in fields if number in (2, 3)}
+    except (ValueError, TypeError, struct.error) as error:
         raise InputError(f"it is damaged or no SentencePiece file ({error}): download it again") from error
-    if not pieces:
-        raise InputError("it holds no pieces, so it is no SentencePiece file: download it again")
+    if not pieces or len(settings) < 2:
+        raise InputError("it is not complete, or no SentencePiece file: download it again")
+    trainer, normalizer = settings[2], settings[3]
     kind = _MODEL_TYPES.get(trainer.get(3, 1), "unknown")
     if kind != "bpe":
         raise InputError(f"it is a SentencePiece model of type {kind}: only bpe is supported")
@@ -196,9 +194,9 @@ def make_tokenizer(model: SentencePieceModel, *, every_run: bool = True) -> toke
     if model.precompiled_charsmap:
         steps.append(normalizers.Precompiled(model.precompiled_charsmap))
     if model.remove_extra_whitespaces:
-        spaces = f"[ {SPACE}]"
-        steps.append(normalizers.Replace(Regex(f"^{spaces}+|{spaces}+$"), ""))
-        steps.append(normalizers.Replace(Regex(f"{spaces}{{2,}}"), " "))
+        # Of the character that stands for a space, if a user wrote it, it takes away what is at the end.
+        steps.append(normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if every_run:
         steps += [normalizers.Prepend(SPACE)] * model.add_dummy_prefix
         steps.append(normalizers.Replace(" ", SPACE))
@@ -218,12 +216,20 @@ def make_tokenizer(model: SentencePieceModel, *, every_run: bool = True) -> toke
     return tokenizer
 
 
+def _normal_ids(pieces: tuple[Piece, ...]) -> dict[str, int]:
+    return {piece.text: token_id for token_id, piece in enumerate(pieces) if piece.kind is Kind.NORMAL}
+
+
+def _halves(text: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make the text."""
+    pairs = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+    return [(left, right) for left, right in pairs if left in ids and right in ids]
+
+
 def _merges(pieces: tuple[Piece, ...]) -> list[tuple[str, str]]:
     """Any two pieces merge whose texts joined are a third one, the best one first."""
-    ids = {piece.text: token_id for token_id, piece in enumerate(pieces) if piece.kind is Kind.NORMAL}
-    merges = []
-    for text, token_id in sorted(ids.items(), key=lambda item: (-pieces[item[1]].score, item[1])):
-        parts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-        found = [(left, right) for left, right in parts if left in ids and right in ids]
-        merges.append(sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]])))
-    return list(itertools.chain.from_iterable(merges))
+    ids = _normal_ids(pieces)
+    best_first = sorted(ids, key=lambda text: (-pieces[ids[text]].score, ids[text]))
+    # Of several ways to the same piece the leftmost in the text comes first; their order here hardly ever matters.
+    ways = (sorted(_halves(text, ids), key=lambda pair: (ids[pair[0]], ids[pair[1]])) for text in best_first)
+    return list(itertools.chain.from_iterable(ways))
