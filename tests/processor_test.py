@@ -160,10 +160,10 @@ def test_saving_and_loading(processor, tmp_path):
 
 
 def test_folders_without_a_processor_are_refused(processor, tmp_path):
-    with pytest.raises(InputError, match="There is no .*processor_config.json"):
+    with pytest.raises(InputError, match="There is no .*phantom_jax_processor.json"):
         Processor.load(tmp_path)
     processor.save(tmp_path)
-    path = tmp_path / "processor_config.json"
+    path = tmp_path / "phantom_jax_processor.json"
     config = json.loads(path.read_text())
     for broken in ("{", json.dumps({**config, "size": 3}), json.dumps({"template": {}})):
         path.write_text(broken)

@@ -91,8 +91,8 @@ def _added_tokens(
             before = added.get(int(key))
             if before is not None and before.content != token["content"]:
                 raise InputError(
-                    f"id {key} is {before.content!r} in {_ADDED} and {token['content']!r} in {_CONFIG}: take both files "
-                    "from one folder"
+                    f"id {key} is {before.content!r} in {_ADDED} and {token['content']!r} in {_CONFIG}: take both "
+                    "files from one folder"
                 )
             added[int(key)] = AddedToken(token["content"], normalized=bool(token.get("normalized", False)), **flags)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -72,8 +72,8 @@ class SentencePieceModel:
             made = piece.kind is Kind.BYTE or (piece.text in ids and (len(piece.text) == 1 or _halves(piece.text, ids)))
             if piece.text != name and made:
                 raise InputError(
-                    f"token {name!r} is given id {token_id}, which is the piece {piece.text!r} of tokenizer.model: take "
-                    "both files from one folder"
+                    f"token {name!r} is given id {token_id}, which is the piece {piece.text!r} of tokenizer.model: "
+                    "take both files from one folder"
                 )
             pieces[token_id] = dataclasses.replace(piece, text=name)
         _check_unique(pieces)
@@ -116,7 +116,7 @@ def _check_unique(pieces: list[Piece]) -> None:
     seen: dict[str, int] = {}
     for token_id, piece in enumerate(pieces):
         if seen.setdefault(piece.text, token_id) != token_id:
-            raise InputError(f"pieces {seen[piece.text]} and {token_id} are both {piece.text!r}: each must be different")
+            raise InputError(f"pieces {seen[piece.text]} and {token_id} are both {piece.text!r}: each must differ")
 
 
 def _piece(fields: Mapping[int, int | bytes]) -> Piece:
