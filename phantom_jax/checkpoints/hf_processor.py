@@ -97,16 +97,15 @@ def with_template(processor: Processor, name: str) -> Processor:
 
 def _check_size(tokenizer: tokenizers.Tokenizer, config: VisionLanguageConfig, directory: pathlib.Path) -> None:
     """Warns of tokens without an embedding. Some published folders have such ones, and no text comes to them."""
-    without = [
-        token for token, token_id in tokenizer.get_vocab().items() if token_id >= config.language_model.vocab_size
-    ]
+    count = config.language_model.vocab_size
+    without = [token for token, token_id in tokenizer.get_vocab().items() if token_id >= count]
     if without:
         logging.warning(
             "%s: the tokenizer has %d tokens, %r for instance, beyond the %d that the model has embeddings for.",
             directory,
             len(without),
             without[0],
-            config.language_model.vocab_size,
+            count,
         )
 
 

@@ -90,7 +90,11 @@ def parse(content: bytes) -> SentencePieceModel:
         fields = list(_fields(content))
         pieces = [_piece(_message(value)) for number, value in fields if number == 1]
         settings = {number: _message(value) for number, value in fields if number in (2, 3)}
-    except (ValueError, TypeError, struct.error) as error:
+        charsmap = settings.get(3, {}).get(2, b"")
+        if charsmap:
+            normalizers.Precompiled(charsmap)
+    # The library raises bare `Exception` for a damaged table of characters.
+    except Exception as error:
         raise InputError(f"it is damaged or no SentencePiece file ({error}): download it again") from error
     if not pieces or len(settings) < 2:
         raise InputError("it is not complete, or no SentencePiece file: download it again")
@@ -108,7 +112,7 @@ def parse(content: bytes) -> SentencePieceModel:
         byte_fallback=bool(trainer.get(35, 0)),
         add_dummy_prefix=bool(normalizer.get(3, 1)),
         remove_extra_whitespaces=bool(normalizer.get(4, 1)),
-        precompiled_charsmap=normalizer.get(2, b""),
+        precompiled_charsmap=charsmap,
     )
 
 

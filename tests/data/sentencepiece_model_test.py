@@ -54,7 +54,7 @@ def test_answers_are_what_sentencepiece_decodes():
 
 
 def test_the_first_space_before_every_run_or_the_first_alone():
-    model = parse(train(user_defined_symbols=["<mark>"]))
+    model = parse(train(user_defined_symbols="<mark>"))
     assert model.pieces[3].kind is Kind.USER_DEFINED
     every, first = make_tokenizer(model), make_tokenizer(model, every_run=False)
     assert every.encode("the<mark>the").tokens == ["▁the", "<mark>", "▁the"]
@@ -63,7 +63,7 @@ def test_the_first_space_before_every_run_or_the_first_alone():
 
 
 def test_user_defined_pieces_are_one_token_each():
-    content = train(user_defined_symbols=["<mark>", "<mark>s"])
+    content = train(user_defined_symbols="<mark>,<mark>s")
     judge = sentencepiece.SentencePieceProcessor(model_proto=content)
     ours = plain(make_tokenizer(parse(content), every_run=False))
     for text in ("the <mark> and", "a<mark>sb<mark>", "two<mark><mark>s"):
@@ -97,7 +97,7 @@ def test_as_many_pieces_as_internlm2_has():
     words = [chr(code) for code in (*range(97, 123), 0x2581, *range(0x4E00, 0x4E00 + 5000))]
     seen = set(words)
     while len(words) < 92544 - 259:
-        word = rng.choice(words[:20000]) + rng.choice(words[:20000])
+        word = "".join(words[rng.randrange(min(len(words), 20000))] for _ in range(2))
         if len(word) <= 16 and word not in seen:
             seen.add(word)
             words.append(word)
@@ -132,6 +132,7 @@ DAMAGED = {
     "no unknown": (piece("a") + BPE + IDENTITY, "exactly one piece for what is unknown"),
     "unigram": (UNKNOWN + field(2, b"") + IDENTITY, "of type unigram: only bpe"),
     "suffix": (UNKNOWN + field(2, field(3, 2) + field(24, 1)) + IDENTITY, "spaces after words"),
+    "bad table": (UNKNOWN + BPE + field(3, field(2, b"abc")), "damaged or no SentencePiece file"),
     "number for settings": (UNKNOWN + field(2, 5) + IDENTITY, "a number stands where a message should"),
 }
 
@@ -163,7 +164,7 @@ def test_a_unigram_model_is_named():
 
 
 def test_only_pieces_that_no_text_is_made_of_are_renamed():
-    model = parse(train(user_defined_symbols=["[UNUSED_TOKEN_1]"]))
+    model = parse(train(user_defined_symbols="[UNUSED_TOKEN_1]"))
     assert model.renamed({3: "<|im_start|>"}).pieces[3].text == "<|im_start|>"
     assert model.renamed({1: "<s>"}) == model
     normal = next(i for i, one in enumerate(model.pieces) if one.kind is Kind.NORMAL)
