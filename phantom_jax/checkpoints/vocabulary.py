@@ -40,11 +40,9 @@ def resize_rows(array: Any, size: int, *, seed: int, kept: int | None = None, ax
 
     def read(box: Box) -> np.ndarray:
         part = box[axis]
-        old = slice(min(part.start, kept), min(part.stop, kept))
-        if old.start < old.stop:
-            found = [np.asarray(array[_replace(box, axis, old)])]
-        else:
-            found = []
+        found = []
+        if part.stop <= kept or part.start < kept:
+            found.append(np.asarray(array[_replace(box, axis, slice(part.start, min(part.stop, kept)))]))
         if part.stop > kept:
             new = slice(max(part.start - kept, 0), part.stop - kept)
             found.append(new_rows()[_replace(box, axis, new)])
