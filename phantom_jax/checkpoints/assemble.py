@@ -10,6 +10,7 @@ which a language model does not know, get rows of their own in its embedding and
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from phantom_jax.checkpoints import fresh
@@ -81,12 +82,13 @@ def assemble(
         )
     given = None if projector is None else read_projector(projector, open_files=open_files)
     projector_config = _projector_config(tower, language, given, projector, projector_kind)
+    made: list[Entry] = []
     if llama:
         parts = language.arrays
         decoder, published = language.config, Published("llava-original", "llama")
         # Its vocabulary has no token for images; any of the vocabulary holds their place.
         tokens = TokenIds(decoder.vocab_size - 3, language.eos, language.pad)
-        entries = [*tower.entries, *language.entries]
+        brought = language.entries
     else:
         size, kept = _vocabulary(language)
         decoder = dataclasses.replace(language.config, vocab_size=size, phantom=PhantomConfig())
@@ -94,17 +96,17 @@ def assemble(
         tokens = _phantom_tokens(language, size)
         dimension = fresh.phantom_dimension(decoder, seed)
         parts = {**_resized(language, size, kept, seed), **dimension}
-        entries = [*tower.entries, *_resized_entries(language, size, kept)]
-        entries += [Entry("", (path,), "fresh", "of the phantom dimension, which no parent has") for path in dimension]
+        brought = _resized_entries(language, size, kept)
+        made += [Entry("", (path,), "fresh", "of the phantom dimension, which no parent has") for path in dimension]
     if given is None:
         bridge = fresh.projector(projector_config, seed)
-        entries += [Entry("", (path,), "fresh", "of the projector, which was not given") for path in bridge]
+        made += [Entry("", (path,), "fresh", "of the projector, which was not given") for path in bridge]
     else:
         bridge = given.arrays
-        entries += given.entries
+    entries = _merged([(vision, tower.entries), (llm, brought), (projector, given.entries if given else ())])
     config = VisionLanguageConfig(tower.config, projector_config, decoder)
     trees = unflatten({**tower.arrays, **bridge, **parts})
-    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens), entries
+    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens), [*entries, *made]
 
 
 def _projector_config(
@@ -128,8 +130,8 @@ def _projector_config(
         raise InputError(f"{path} is a projector {found.kind!r}, this model has {kind or ' or '.join(kinds)}")
     if (found.vision_dim, found.embed_dim) != widths:
         raise InputError(
-            f"{path} maps {found.vision_dim} to {found.embed_dim} channels, but the vision tower is {widths[0]} and the "
-            f"language model {widths[1]} wide: take the projector that was trained with both"
+            f"{path} maps {found.vision_dim} to {found.embed_dim} channels, but the vision tower is {widths[0]} and "
+            f"the language model {widths[1]} wide: take the projector that was trained with both"
         )
     return found
 
@@ -169,3 +171,14 @@ def _resized_entries(language: LanguageParent, size: int, kept: int) -> list[Ent
         else entry
         for entry in language.entries
     ]
+
+
+def _merged(found: Sequence[tuple[str | os.PathLike[str] | None, Sequence[Entry]]]) -> list[Entry]:
+    """Entries of parents, of which several may be one folder: what one of them keeps of it, another does not drop."""
+    said: dict[tuple[pathlib.Path, str], Entry] = {}
+    for path, entries in found:
+        for entry in entries:
+            key = (pathlib.Path(path).resolve(), entry.name)
+            if key not in said or said[key].action == "dropped":
+                said[key] = entry
+    return list(said.values())
