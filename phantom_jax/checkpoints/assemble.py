@@ -13,9 +13,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import tokenizers
+
 from phantom_jax.checkpoints import fresh
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
+from phantom_jax.checkpoints.hf_processor import make_processor, read_image_settings
+from phantom_jax.checkpoints.hf_tokenizer import read_tokenizer
 from phantom_jax.checkpoints.parents import (
     LanguageParent,
     OpenTensors,
@@ -26,24 +30,23 @@ from phantom_jax.checkpoints.parents import (
     read_projector,
     read_vision_tower,
 )
+from phantom_jax.checkpoints.special_tokens import PHANTOM, UNKNOWN, phantom_tokenizer
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.vocabulary import resize_rows
+from phantom_jax.data.conversation import Template, get_template
 from phantom_jax.errors import InputError
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.processor import Processor
 from phantom_jax.trees import unflatten
 
-ADDED_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-"""What Phantom adds to its language model's vocabulary, in the order of their ids."""
-
-IMAGE_TOKEN = "<IMG_CONTEXT>"
-
-# Ids that the published tokenizers use; a table of embeddings may have more rows. And the id of the token that ends an
-# answer in a chat, which the config of a model that does not chat does not name.
+# What the published tokenizers say, for a folder that has none: how many tokens there are, where the embedding may have
+# more rows, and which of them ends an answer.
 _USED = {"qwen2": 151_646, "internlm2": 92_544, "phi3": 32_011}
 _END_OF_ANSWER = {"qwen2": 151_645, "internlm2": 92_542, "phi3": 32_007}
 
+_IMAGE = "<IMG_CONTEXT>"
 _EMBEDDING, _HEAD = "params/language_model/embedding", "params/language_model/head/kernel"
 
 
@@ -54,8 +57,9 @@ def assemble(
     *,
     projector_kind: str | None = None,
     seed: int = 0,
+    template: str | None = None,
     open_files: OpenTensors = open_tensors,
-) -> tuple[Checkpoint, list[Entry]]:
+) -> tuple[Checkpoint, Processor | None, list[Entry]]:
     """Puts a model together; the parents' tensors are read when they are asked for.
 
     Args:
@@ -64,10 +68,12 @@ def assemble(
       projector: its file or folder, see `parents.read_projector`; None makes a fresh one.
       projector_kind: of a fresh projector of a LLaVA, `linear` (default) or `mlp2x_gelu`.
       seed: of all that is fresh.
+      template: name of the conversation template; by default that of the language model, `vicuna_v1` for LLaVA.
       open_files: opens the parents' weights.
 
     Returns:
-      The model, what is fresh in float32 and the rest as it is stored, and what became of every tensor.
+      The model, what is fresh in float32 and the rest as it is stored; its processor, None where the language model's
+      folder has no tokenizer; and what became of every tensor.
 
     Raises:
       InputError: the parents do not make a model, or one of them is damaged.
@@ -82,18 +88,21 @@ def assemble(
         )
     given = None if projector is None else read_projector(projector, open_files=open_files)
     projector_config = _projector_config(tower, language, given, projector, projector_kind)
+    chosen = get_template(template or ("vicuna_v1" if llama else language.kind))
+    tokenizer = read_tokenizer(pathlib.Path(llm))
     made: list[Entry] = []
     if llama:
-        parts = language.arrays
+        parts, brought = language.arrays, language.entries
         decoder, published = language.config, Published("llava-original", "llama")
         # Its vocabulary has no token for images; any of the vocabulary holds their place.
         tokens = TokenIds(decoder.vocab_size - 3, language.eos, language.pad)
-        brought = language.entries
+        chosen = dataclasses.replace(chosen, image_token=UNKNOWN)
     else:
-        size, kept = _vocabulary(language)
+        chosen = dataclasses.replace(chosen, image_token=_IMAGE)
+        size, kept, tokens = _vocabulary(language, tokenizer, chosen, llm)
+        tokenizer = None if tokenizer is None else phantom_tokenizer(tokenizer)
         decoder = dataclasses.replace(language.config, vocab_size=size, phantom=PhantomConfig())
         published = Published("phantom", language.kind)
-        tokens = _phantom_tokens(language, size)
         dimension = fresh.phantom_dimension(decoder, seed)
         parts = {**_resized(language, size, kept, seed), **dimension}
         brought = _resized_entries(language, size, kept)
@@ -106,7 +115,12 @@ def assemble(
     entries = _merged([(vision, tower.entries), (llm, brought), (projector, given.entries if given else ())])
     config = VisionLanguageConfig(tower.config, projector_config, decoder)
     trees = unflatten({**tower.arrays, **bridge, **parts})
-    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens), [*entries, *made]
+    checkpoint = Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
+    processor = None
+    if tokenizer is not None:
+        images = read_image_settings(pathlib.Path(vision))
+        processor = make_processor(tokenizer, chosen, config, published, images)
+    return checkpoint, processor, [*entries, *made]
 
 
 def _projector_config(
@@ -136,19 +150,35 @@ def _projector_config(
     return found
 
 
-def _vocabulary(language: LanguageParent) -> tuple[int, int]:
-    """Rows of the model's vocabulary, and how many of them the language model brings."""
+def _vocabulary(
+    language: LanguageParent, tokenizer: tokenizers.Tokenizer | None, template: Template, folder: Any
+) -> tuple[int, int, TokenIds]:
+    """Rows of a Phantom's vocabulary, how many of them the language model brings, and its special ids.
+
+    Args:
+      language: the language model.
+      tokenizer: its own; None where the folder has none.
+      template: of conversations.
+      folder: where the language model comes from, for the error.
+    """
     rows = language.config.vocab_size
-    used = min(rows, _USED[language.kind])
-    size = used + len(ADDED_TOKENS)
-    return size, min(rows, size) if language.sees_images else used
-
-
-def _phantom_tokens(language: LanguageParent, size: int) -> TokenIds:
-    first = size - len(ADDED_TOKENS)
-    ends = [_END_OF_ANSWER[language.kind]] if first == _USED[language.kind] else []
-    eos = tuple(dict.fromkeys([*ends, *language.eos]))
-    return TokenIds(first + ADDED_TOKENS.index(IMAGE_TOKEN), eos, language.pad)
+    if tokenizer is None:
+        known = min(rows - len(PHANTOM) * language.sees_images, _USED[language.kind])
+        size, image = known + len(PHANTOM), known + PHANTOM.index(_IMAGE)
+        ends = [_END_OF_ANSWER[language.kind]] if known == _USED[language.kind] else []
+        known = size if language.sees_images else known
+    else:
+        known = 1 + max(tokenizer.get_vocab().values())
+        if known > rows:
+            raise InputError(
+                f"{folder} has a tokenizer of {known} tokens and a model of {rows}: take both from one folder"
+            )
+        ours = phantom_tokenizer(tokenizer)
+        size, image = 1 + max(ours.get_vocab().values()), ours.token_to_id(_IMAGE)
+        end = ours.token_to_id(template.end_token)
+        # Without it there is no processor, which says so.
+        ends = [] if end is None else [end]
+    return size, min(known, rows), TokenIds(image, tuple(dict.fromkeys([*ends, *language.eos])), language.pad)
 
 
 def _resized(language: LanguageParent, size: int, kept: int, seed: int) -> dict[str, Any]:

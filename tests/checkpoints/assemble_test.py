@@ -1,19 +1,23 @@
 """Models put together from parents: sizes of the published ones, bytes of the parents, and what is fresh."""
 
 import dataclasses
+import json
 import math
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from phantom_jax.checkpoints import hf
 from phantom_jax.checkpoints.assemble import assemble
+from phantom_jax.data.conversation import template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from phantom_jax.trees import flatten
 from tests.checkpoints import parent_folders as folders
+from tests.tiny_tokenizers import byte_level, llama
 
 SMALL = folders.TINY | {"vocab_size": 40}
 QWEN2 = folders.QWEN2_05B | SMALL | {"num_key_value_heads": 2}
@@ -36,7 +40,7 @@ CLIP = folders.CLIP_LARGE | folders.TINY_VISION
 )
 def test_published_parents_make_the_published_phantoms(name, llm, millions, image, eos, tmp_path):
     vision = folders.write_empty(tmp_path / "vision", folders.INTERNVIT_300M, folders.internvit(folders.INTERNVIT_300M))
-    checkpoint, _ = assemble(vision, folders.write_empty(tmp_path / "llm", llm, folders.language_model(llm)))
+    checkpoint, _, _ = assemble(vision, folders.write_empty(tmp_path / "llm", llm, folders.language_model(llm)))
     # The smallest Qwen2 ties its head to its embedding, and so does what is made of it.
     assert checkpoint.config == zoo.get_config(name, tie_embeddings=llm["tie_word_embeddings"])
     arrays = flatten({"params": checkpoint.params})
@@ -59,7 +63,7 @@ def test_published_parents_make_the_llavas_of_the_study(name, llm, tmp_path):
     with pytest.raises(InputError, match="misshapen"):
         assemble(vision, folders.write_empty(tmp_path / "llm", llm, folders.language_model(llm)))
     vision = folders.write_empty(tmp_path / "clip", folders.CLIP_LARGE, folders.clip_vision(folders.CLIP_LARGE))
-    checkpoint, entries = assemble(vision, tmp_path / "llm")
+    checkpoint, _, entries = assemble(vision, tmp_path / "llm")
     assert checkpoint.config == zoo.get_config(name)
     shapes = {p: a.shape for p, a in flatten({"params": checkpoint.params, "unused": checkpoint.unused}).items()}
     assert shapes == hf.shapes(checkpoint.config)
@@ -86,7 +90,7 @@ def saved(checkpoint, folder):
 def test_phantom_keeps_the_bytes_of_its_parents(llm, tmp_path):
     vision, vision_weights = parent(tmp_path / "vision", INTERNVIT, ml_dtypes.bfloat16)
     text, text_weights = parent(tmp_path / "llm", llm, ml_dtypes.bfloat16)
-    checkpoint, entries = assemble(vision, text)
+    checkpoint, _, entries = assemble(vision, text)
     tensors = saved(checkpoint, tmp_path / "phantom")
     table = {"model.embed_tokens.weight", "model.tok_embeddings.weight", "lm_head.weight", "output.weight"}
     for name, array in vision_weights.items():
@@ -113,7 +117,7 @@ def test_phantom_keeps_the_bytes_of_its_parents(llm, tmp_path):
 def test_llava_keeps_the_bytes_of_its_parents(tmp_path):
     vision, vision_weights = parent(tmp_path / "vision", CLIP, np.float16)
     text, text_weights = parent(tmp_path / "llm", VICUNA, np.float16)
-    checkpoint, _ = assemble(vision, text)
+    checkpoint, _, _ = assemble(vision, text)
     assert checkpoint.config.projector.kind == "linear"
     assert checkpoint.config.language_model.vocab_size == 40
     tensors = saved(checkpoint, tmp_path / "llava")
@@ -125,7 +129,7 @@ def test_llava_keeps_the_bytes_of_its_parents(tmp_path):
         "model.mm_projector.weight": (16, 8),
         "model.mm_projector.bias": (16,),
     }
-    checkpoint, _ = assemble(vision, text, projector_kind="mlp2x_gelu")
+    checkpoint, _, _ = assemble(vision, text, projector_kind="mlp2x_gelu")
     assert set(saved(checkpoint, tmp_path / "mlp")) - set(vision_weights) >= {"model.mm_projector.2.weight"}
 
 
@@ -134,7 +138,7 @@ def test_more_rows_than_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr("phantom_jax.checkpoints.assemble._USED", {"qwen2": 30})
     vision, _ = parent(tmp_path / "vision", INTERNVIT)
     text, weights = parent(tmp_path / "llm", QWEN2)
-    checkpoint, entries = assemble(vision, text)
+    checkpoint, _, entries = assemble(vision, text)
     embedding = np.asarray(checkpoint.params["language_model"]["embedding"])
     old = weights["model.embed_tokens.weight"]
     assert embedding.shape == (39, 16)
@@ -158,7 +162,7 @@ def test_whole_internvl2(tmp_path, monkeypatch):
     shapes |= {"mlp1.1.weight": (16, 32), "mlp1.1.bias": (16,), "mlp1.3.weight": (16, 16), "mlp1.3.bias": (16,)}
     weights = folders.random_weights(shapes)
     whole = folders.write(tmp_path / "internvl2", config, weights)
-    checkpoint, entries = assemble(whole, whole, whole)
+    checkpoint, _, entries = assemble(whole, whole, whole)
     tensors = saved(checkpoint, tmp_path / "phantom")
     for name, array in weights.items():
         assert tensors[name.replace("mlp1", "vision_proj")].tobytes() == array.tobytes(), name
@@ -168,9 +172,66 @@ def test_whole_internvl2(tmp_path, monkeypatch):
     }
     # Each tensor is kept once; the two other times that the folder is read do not count as losses.
     assert not any(entry.action == "dropped" for entry in entries)
-    alone, entries = assemble(whole, whole)
+    alone, _, entries = assemble(whole, whole)
     assert not np.array_equal(alone.params["projector"]["linear_1"]["kernel"], weights["mlp1.1.weight"].T)
     assert {entry.name for entry in entries if entry.action == "dropped"} == {n for n in weights if "mlp1" in n}
+
+
+def language_tokenizer():
+    """Of a language model: without the tokens of images."""
+    content = json.loads(byte_level().to_str())
+    for token in ("<img>", "</img>", "<IMG_CONTEXT>"):
+        new = "<|" + token.strip("</>").lower() + str(token.count("/")) + "|>"
+        content["model"]["vocab"][new] = content["model"]["vocab"].pop(token)
+        for added in content["added_tokens"]:
+            if added["content"] == token:
+                added["content"] = new
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def test_phantom_with_a_tokenizer(tmp_path):
+    """Ids and rows are those of the tokenizer, which gets the tokens of images behind its own."""
+    vision, _ = parent(tmp_path / "vision", INTERNVIT)
+    tokenizer = language_tokenizer()
+    count = tokenizer.get_vocab_size()
+    text, weights = parent(tmp_path / "llm", QWEN2 | {"vocab_size": count + 20, "eos_token_id": 0})
+    tokenizer.save(str(text / "tokenizer.json"))
+    checkpoint, processor, entries = assemble(vision, text)
+    tokens = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+    assert [processor.tokenizer.token_to_id(token) for token in tokens] == list(range(count, count + 9))
+    assert checkpoint.config.language_model.vocab_size == count + 9
+    assert checkpoint.tokens.image == processor.image_token_id == count + 2
+    assert checkpoint.tokens.eos == (tokenizer.token_to_id("<|im_end|>"), 0)
+    assert processor.tokens_per_tile == 4
+    (changed,) = [entry for entry in entries if entry.action == "transformed"]
+    assert changed.reason == f"rows {count} to {count + 19} dropped, they are of no token; 9 rows of new tokens added"
+    embedding = np.asarray(checkpoint.params["language_model"]["embedding"])
+    assert embedding[:count].tobytes() == weights["model.embed_tokens.weight"][:count].tobytes()
+    image = np.zeros((28, 28, 3), np.uint8)
+    prompt = processor.encode_prompt("what is it", [image])
+    assert np.sum(prompt.token_ids == count + 2) == 4
+    assert prompt.token_ids.max() < count + 9
+    text, _ = parent(tmp_path / "other", QWEN2)
+    tokenizer.save(str(text / "tokenizer.json"))
+    with pytest.raises(InputError, match=f"tokenizer of {count} tokens and a model of 40"):
+        assemble(vision, text)
+
+
+def test_llava_with_a_tokenizer(tmp_path):
+    vision, _ = parent(tmp_path / "vision", CLIP)
+    (vision / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    tokenizer = llama("prepend", special=())
+    text, _ = parent(tmp_path / "llm", VICUNA | {"vocab_size": tokenizer.get_vocab_size()})
+    tokenizer.save(str(text / "tokenizer.json"))
+    checkpoint, processor, _ = assemble(vision, text)
+    assert checkpoint.config.language_model.vocab_size == processor.tokenizer.get_vocab_size()
+    assert processor.template.image_token == "<unk>"
+    assert template_names(processor.template) == ["vicuna_v1"]
+    assert (processor.image_mode, processor.mean, processor.tokens_per_tile) == ("crop", (0.1, 0.2, 0.3), 16)
+    _, processor, _ = assemble(vision, text, template="llava_llama_2")
+    assert template_names(processor.template) == ["llava_llama_2"]
+    with pytest.raises(InputError, match="there is no template 'vicuna_v9'"):
+        assemble(vision, text, template="vicuna_v9")
 
 
 def test_what_is_fresh(tmp_path):
@@ -202,7 +263,7 @@ def test_given_projector(tmp_path):
     weights = folders.random_weights({"model.mm_projector.0.weight": (16, 8), "model.mm_projector.0.bias": (16,)})
     weights |= folders.random_weights({"model.mm_projector.2.weight": (16, 16), "model.mm_projector.2.bias": (16,)})
     safetensors.numpy.save_file(weights, tmp_path / "projector.safetensors")
-    checkpoint, entries = assemble(vision, text, tmp_path / "projector.safetensors")
+    checkpoint, _, entries = assemble(vision, text, tmp_path / "projector.safetensors")
     assert checkpoint.config.projector.kind == "mlp2x_gelu"
     assert {entry.action for entry in entries} == {"kept"}
     tensors = saved(checkpoint, tmp_path / "llava")
@@ -246,5 +307,5 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
     shapes = folders.language_model(folders.LLAMA2_70B)
     text = folders.write_empty(tmp_path / "llm", folders.LLAMA2_70B, shapes)
     assert (text / "model.safetensors").stat().st_size > 2 * sum(math.prod(shape) for shape in shapes.values())
-    checkpoint, _ = assemble(vision, text)
+    checkpoint, _, _ = assemble(vision, text)
     np.testing.assert_array_equal(checkpoint.params["language_model"]["embedding"][31_999, :3], np.zeros(3))

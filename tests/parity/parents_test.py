@@ -98,7 +98,7 @@ def test_phantom(kind, length, tmp_path):
     theirs.save_pretrained(tmp_path / "llm")
     config = folders.INTERNVIT_300M | folders.TINY_VISION
     vision = folders.write(tmp_path / "vision", config, folders.random_weights(folders.internvit(config)))
-    checkpoint, _ = assemble(vision, tmp_path / "llm")
+    checkpoint, _, _ = assemble(vision, tmp_path / "llm")
     assert checkpoint.config.language_model.vocab_size == 106
     check_text(checkpoint, theirs, length)
 
@@ -115,7 +115,7 @@ def test_llava(whole, tmp_path):
     else:
         clip = tower = stir(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)))
     clip.save_pretrained(tmp_path / "vision")
-    checkpoint, entries = assemble(tmp_path / "vision", tmp_path / "llm")
+    checkpoint, _, entries = assemble(tmp_path / "vision", tmp_path / "llm")
     assert any(entry.action == "dropped" for entry in entries) == whole
     check_text(checkpoint, theirs, 20)
     pixels = np.random.default_rng(1).normal(size=(2, 3, 28, 28)).astype(np.float32)
