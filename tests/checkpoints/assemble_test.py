@@ -12,6 +12,7 @@ import tokenizers
 
 from phantom_jax.checkpoints import hf
 from phantom_jax.checkpoints.assemble import assemble
+from phantom_jax.checkpoints.special_tokens import UNKNOWN
 from phantom_jax.data.conversation import template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
@@ -225,7 +226,7 @@ def test_llava_with_a_tokenizer(tmp_path):
     tokenizer.save(str(text / "tokenizer.json"))
     checkpoint, processor, _ = assemble(vision, text)
     assert checkpoint.config.language_model.vocab_size == processor.tokenizer.get_vocab_size()
-    assert processor.template.image_token == "<unk>"
+    assert processor.template.image_token == UNKNOWN
     assert template_names(processor.template) == ["vicuna_v1"]
     assert (processor.image_mode, processor.mean, processor.tokens_per_tile) == ("crop", (0.1, 0.2, 0.3), 16)
     _, processor, _ = assemble(vision, text, template="llava_llama_2")
