@@ -13,7 +13,7 @@ from phantom_jax.checkpoints.hf import read_json
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
 from phantom_jax.checkpoints.hf_tokenizer import read_tokenizer
 from phantom_jax.checkpoints.special_tokens import UNKNOWN
-from phantom_jax.data.conversation import get_template, template_names
+from phantom_jax.data.conversation import Template, get_template, template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import CLIP_MEAN, CLIP_STD, CONFIG, Processor
@@ -62,20 +62,40 @@ def load_processor(
     if tokenizer is None:
         return None
     _check_size(tokenizer, config, directory)
+    images = read_image_settings(directory)
     image_token = _image_token(published, tokenizer.id_to_token(tokens.image))
+    return make_processor(tokenizer, dataclasses.replace(chosen, image_token=image_token), config, published, images)
+
+
+def make_processor(
+    tokenizer: tokenizers.Tokenizer,
+    template: Template,
+    config: VisionLanguageConfig,
+    published: Published,
+    images: Mapping[str, Any],
+) -> Processor:
+    """The processor of a model that was published, or that is made of published parents.
+
+    Args:
+      tokenizer: with the tokens of the template.
+      template: with the image token that the tokenizer has.
+      config: the model.
+      published: how it looks outside.
+      images: the settings of its image processor, see `read_image_settings`; Phantom needs none.
+
+    Raises:
+      InputError: template, tokenizer and images do not go together.
+    """
     processor = Processor(
         tokenizer,
-        dataclasses.replace(chosen, image_token=image_token),
+        template,
         tile_size=config.vision_tower.image_size,
         max_tiles=_MAX_TILES,
         tokens_per_tile=config.tokens_per_tile,
         max_length=config.language_model.rope.max_length,
     )
-    if phantom:
+    if published.format == "phantom":
         return processor
-    # Newer versions write all into the first of these files.
-    images = _read(directory / "processor_config.json").get("image_processor")
-    images = images or _read(directory / "preprocessor_config.json")
     return dataclasses.replace(
         processor,
         max_tiles=1,
@@ -83,6 +103,13 @@ def load_processor(
         std=_channels(images, "image_std", CLIP_STD),
         image_mode=_image_mode(images, published.config),
     )
+
+
+def read_image_settings(directory: pathlib.Path) -> Mapping[str, Any]:
+    """The settings of a folder's image processor; empty where it has none."""
+    # Newer versions write all into the first of these files.
+    images = _read(directory / "processor_config.json").get("image_processor")
+    return images or _read(directory / "preprocessor_config.json")
 
 
 def with_template(processor: Processor, name: str) -> Processor:
