@@ -117,7 +117,7 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
     if any(_matches(rf"(.*\.)?{whole}(\..*)?", module) for whole in settings.get("modules_to_save") or ()):
         return False
     if targets == "all-linear":
-        return not module.endswith("lm_head")
+        return module.rpartition(".")[2] not in ("lm_head", "output")
     if not _named(targets or [], module):
         return False
     layers = settings.get("layers_to_transform")
