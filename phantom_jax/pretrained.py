@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from phantom_jax.checkpoints import hf, native
+from phantom_jax.checkpoints.arrays import layer_of, stack
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.hf_config import FORMATS, Published, TokenIds, publish
 from phantom_jax.checkpoints.hf_processor import load_processor
+from phantom_jax.checkpoints.tensor_files import read_json
 from phantom_jax.data.conversation import Turn
 from phantom_jax.data.stop_strings import check_stops
 from phantom_jax.data.text import AnswerText
@@ -24,12 +26,14 @@ from phantom_jax.errors import InputError
 from phantom_jax.generation.engine import Engine
 from phantom_jax.generation.settings import Settings
 from phantom_jax.models.decoder import stack_layers, unstack_layers
-from phantom_jax.models.quantization import quantize_params
-from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
+from phantom_jax.models.quantization import check_kind, quantize_kernel
+from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor, Prompt
 from phantom_jax.sharding.mesh import make_mesh
+from phantom_jax.sharding.placement import place, quantized_shardings
 from phantom_jax.sharding.rules import DECODING, parameter_shardings
+from phantom_jax.trees import flatten, unflatten
 
 BATCH_SIZE = 32
 """Prompts that are answered at once where nothing else is said."""
@@ -170,17 +174,9 @@ class VisionLanguage:
         )
 
     def checkpoint(self) -> Checkpoint:
-        """The model at rest, its layers stacked, in host memory.
-
-        Raises:
-          InputError: its weights are quantised.
-        """
-        leaves = jax.tree.leaves(self.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-        kinds = {leaf.kind for leaf in leaves if isinstance(leaf, QuantizedTensor)}
-        if kinds:
-            raise InputError(f"the weights are quantised to {kinds.pop()}, no layout holds that: load without quantize")
+        """The model at rest, its layers stacked; each comes to host memory when it is read."""
         params = dict(self.params)
-        params["language_model"] = stack_layers(params["language_model"])
+        params["language_model"] = stack_layers(params["language_model"], stack)
         return Checkpoint(self.model.config, params, self.unused, self.published, self.tokens)
 
 
@@ -225,25 +221,37 @@ def load(
         mesh.
     """
     devices = None if mesh is None else _decoding_mesh(mesh)
-    checkpoint, processor = read(path, template=template, mesh=devices)
+    if quantize is not None:
+        check_kind(quantize)
+    checkpoint, processor = read(path, template=template)
     params = checkpoint.params
     if dtype is None:
         stored = params["language_model"]["embedding"].dtype
         # float16 overflows where these models were trained in bfloat16.
         dtype = jnp.bfloat16 if stored == jnp.float16 else stored
-    # Popped, so that stacked layers are given up one by one.
-    params["language_model"] = unstack_layers(params.pop("language_model"))
+    params = {**params, "language_model": unstack_layers(params["language_model"], layer_of)}
     model = VisionLanguageModel(checkpoint.config, dtype, scan_layers=False)
-    if devices is not None:
-        params = jax.tree.map(jax.device_put, params, parameter_shardings(model, devices, DECODING))
-    # On one device first: what a published folder holds goes there kernel by kernel, in few bits.
-    if quantize is not None:
-        params = quantize_params(params, quantize)
-    if devices is None:
-        params = jax.tree.map(jax.device_put, params)
+    params = _on_devices(params, model, devices, quantize)
     return VisionLanguage(
         model, params, processor, checkpoint.published, checkpoint.tokens, checkpoint.unused, int8_cache, devices
     )
+
+
+def _on_devices(params: Any, model: VisionLanguageModel, mesh: jax.sharding.Mesh | None, quantize: str | None) -> Any:
+    """Parameters on a mesh or on the first device, one after the other; a kernel that is quantised is so at once."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = {} if mesh is None else flatten(parameter_shardings(model, mesh, DECODING))
+    placed: dict[str, Any] = {}
+    for path, array in flatten(params).items():
+        sharding = shardings.get(path, one)
+        if isinstance(array, QuantizedTensor):
+            fields = jax.tree.map(lambda _: one, array) if mesh is None else quantized_shardings(array, sharding)
+            placed[path] = jax.tree.map(place, array, fields)
+        else:
+            placed[path] = place(array, sharding)
+        if quantize is not None:
+            placed[path] = quantize_kernel(path, placed[path], quantize)
+    return unflatten(placed)
 
 
 def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = "ours") -> None:
@@ -261,21 +269,30 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
 
 
 def read(
-    path: str | os.PathLike[str], *, template: str | None = None, mesh: jax.sharding.Mesh | None = None
+    path: str | os.PathLike[str], *, template: str | None = None, dtype: Any = None
 ) -> tuple[Checkpoint, Processor | None]:
-    """A model folder as it is stored, our own layout straight onto the mesh; arguments and errors as of `load`."""
+    """A model folder, opened: its arrays are read when they are asked for.
+
+    Args:
+      path: the folder, of any layout.
+      template: as of `load`.
+      dtype: of all arrays; None leaves each as it is stored.
+
+    Raises:
+      InputError: as of `load`.
+    """
     directory = pathlib.Path(path)
     if not directory.is_dir():
         raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
     if (directory / native.CONFIG).is_file():
-        checkpoint = native.load(directory, place=None if mesh is None else functools.partial(_placement, mesh=mesh))
-    elif (directory / "config.json").is_file() and "phases" in hf.read_json(directory / "config.json"):
+        checkpoint = native.load(directory, dtype=dtype)
+    elif (directory / "config.json").is_file() and "phases" in read_json(directory / "config.json"):
         raise InputError(
             f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, which "
             f"appears when all phases are done, or one of {directory / 'models'}"
         )
     elif (directory / "config.json").is_file():
-        checkpoint = hf.load(directory)
+        checkpoint = hf.load(directory, dtype=dtype)
     else:
         raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
     processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
@@ -291,10 +308,6 @@ def _decoding_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
             f"{', '.join(sorted(set(DECODING.values())))}"
         )
     return mesh
-
-
-def _placement(config: VisionLanguageConfig, mesh: jax.sharding.Mesh) -> Any:
-    return parameter_shardings(VisionLanguageModel(config), mesh, DECODING)
 
 
 def write(

@@ -2,27 +2,26 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - gives numpy its bfloat16
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
+from phantom_jax.checkpoints.arrays import Box, StoredArray, copy_into, layer_of
+from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_writer import Tensor, write_folder
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
 from phantom_jax.trees import flatten, unflatten
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 # Tables of angles that old LLaMA files carry; they follow from the config.
 _DERIVED = "rotary_emb.inv_freq"
+BLOCK = 1 << 24
+"""Elements of a block that is moved at once. Memory holds a few of them, whatever the size of the model."""
 
 
 @dataclasses.dataclass
@@ -31,7 +30,7 @@ class Checkpoint:
 
     Attributes:
       config: its shape.
-      params: nested dict of numpy or jax arrays, layers stacked on the first axis.
+      params: nested dict of arrays (numpy's, jax's or `StoredArray`), layers stacked on the first axis.
       unused: tensors that the published file holds and no computation uses; same form.
       published: the outside layout it came from or goes to.
       tokens: special ids.
@@ -42,17 +41,6 @@ class Checkpoint:
     unused: Any
     published: hf_config.Published
     tokens: hf_config.TokenIds
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, or an `InputError` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object")
-    return content
 
 
 def parameter_shapes(config: VisionLanguageConfig) -> Any:
@@ -67,7 +55,7 @@ def table(config: VisionLanguageConfig, published: hf_config.Published) -> list[
         return names.phantom_table(config, layout)
     if published.format == "llava-hf":
         return names.llava_hf_table(config)
-    return names.llava_original_table(config)
+    return names.llava_original_table(config, tower=published.tower_inside)
 
 
 def shapes(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
@@ -84,63 +72,12 @@ def shapes(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
     return used | unused
 
 
-class _Tensors:
-    """Lazily read tensors of a directory of safetensors, whole or in shards with an index."""
-
-    def __init__(self, directory: pathlib.Path):
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, pathlib.Path] = {}
-        if (directory / _INDEX).is_file():
-            index = read_json(directory / _INDEX).get("weight_map")
-            if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-                raise InputError(f"{directory / _INDEX} has no 'weight_map' of tensor names to file names")
-            files = {self._inside(directory, name) for name in index.values()}
-        elif (directory / _WEIGHTS).is_file():
-            index, files = None, {directory / _WEIGHTS}
-        else:
-            found = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
-            raise InputError(
-                f"{directory} holds neither {_WEIGHTS} nor {_INDEX} (it holds {found}). Pickled weights (.bin, .pt) "
-                "are not read: convert them to safetensors first"
-            )
-        for path in sorted(files):
-            try:
-                self._files[str(path)] = safetensors.safe_open(path, framework="np")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise InputError(f"{path} is no readable safetensors file: {error}") from error
-            for name in self._files[str(path)].keys():  # noqa: SIM118 - not a dict
-                if name in self._where:
-                    raise InputError(f"tensor {name!r} stands in {self._where[name].name} and in {path.name}")
-                self._where[name] = path
-        missing = sorted(set(index or {}) - set(self._where))
-        if missing:
-            raise InputError(f"{_INDEX} lists tensors that no shard holds: {', '.join(missing)}")
-
-    @staticmethod
-    def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-        path = directory / name
-        if pathlib.PurePath(name).name != name or not path.is_file():
-            raise InputError(f"{_INDEX} names the shard {name!r}: not a file of {directory}")
-        return path
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[str(self._where[name])].get_tensor(name)
-
-    def dtype(self, name: str) -> str:
-        return self._files[str(self._where[name])].get_slice(name).get_dtype()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[str(self._where[name])].get_slice(name).get_shape())
-
-
-def load(directory: str | os.PathLike[str]) -> Checkpoint:
-    """Loads a published checkpoint; every tensor keeps its dtype.
+def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
+    """Opens a published checkpoint: headers are read and checked, tensors when they are asked for.
 
     Args:
       directory: with `config.json` and safetensors.
+      dtype: of all arrays; None leaves each as it is stored.
 
     Raises:
       InputError: the layout is not known, or tensors are missing, extra or misshapen: all of them are listed.
@@ -149,21 +86,62 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
     vision_path = directory / "vision_config.json"
     vision_config = read_json(vision_path) if vision_path.is_file() else None
     config, published, tokens = hf_config.read(read_json(directory / "config.json"), vision_config)
-    rows, ours, tensors = table(config, published), shapes(config), _Tensors(directory)
-    _check(rows, ours, tensors, directory)
-    flat: dict[str, np.ndarray] = {}
-    for row in rows:
-        row_shapes = _row_shapes(row, ours)
-        for layer, name in enumerate(row.names()):
-            for path, array in zip(row.paths, row.transform.load(tensors[name], row_shapes), strict=True):
-                if row.layers is None:
-                    flat[path] = np.ascontiguousarray(array)
-                    continue
-                if path not in flat:
-                    flat[path] = np.empty((row.layers, *array.shape), array.dtype)
-                flat[path][layer] = array
-    trees = unflatten(flat)
+    rows, ours, files = table(config, published), shapes(config), TensorFiles.of_folder(directory)
+    constants = _constants(config, published)
+    check_rows(rows, ours, files, str(directory), constants=constants)
+    for name, constant in constants.items():
+        if files.read(name).tobytes() != np.asarray(constant[...], files.dtype(name)).tobytes():
+            raise InputError(
+                f"{files.path(name)} holds a projector of two linear maps without activation, the second ({name}) not "
+                "the identity: fold it into the first"
+            )
+    trees = unflatten(read_rows(rows, ours, files, dtype))
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
+
+
+def read_rows(
+    rows: Sequence[names.Row], shapes: Mapping[str, tuple[int, ...]], files: TensorFiles, dtype: Any = None
+) -> dict[str, StoredArray]:
+    """Our arrays by path as they lie in published tensors; nothing is read yet.
+
+    Args:
+      rows: of a table; their tensors must be there, see `check_rows`.
+      shapes: of our arrays by path.
+      files: the tensors.
+      dtype: of all arrays; None leaves each as it is stored.
+
+    Raises:
+      InputError: layers of one array have several dtypes, and no dtype is given.
+    """
+    flat = {}
+    for row in rows:
+        layout = row.transform.layout(_row_shapes(row, shapes))
+        stored = sorted({files.dtype_name(name) for name in row.names()})
+        if dtype is None and len(stored) > 1:
+            raise InputError(f"the layers of {row.name} have dtypes {', '.join(stored)}: set dtype to one for all")
+        for path, view in zip(row.paths, layout.views, strict=True):
+            array_dtype = np.dtype(dtype or DTYPES[stored[0]])
+            flat[path] = _array(row, view, shapes[path], files, array_dtype)
+    return flat
+
+
+def _array(row: names.Row, view: Any, shape: tuple[int, ...], files: TensorFiles, dtype: np.dtype) -> StoredArray:
+    fetches = [files.fetch(name) for name in row.names()]
+    if row.layers is None:
+        return StoredArray(
+            shape, dtype, lambda box: view.read(box, fetches[0]).astype(dtype, copy=False), view.outermost[0]
+        )
+
+    def read(box: Box) -> np.ndarray:
+        layers = fetches[box[0]]
+        if len(layers) == 1:
+            return view.read(box[1:], layers[0]).astype(dtype, copy=False)[None]
+        whole = np.empty([part.stop - part.start for part in box], dtype)
+        for layer, fetch in enumerate(layers):
+            copy_into(whole[layer : layer + 1], view.read(box[1:], fetch).astype(dtype, copy=False)[None])
+        return whole
+
+    return StoredArray(shape, dtype, read, view.outermost[0] + 1)
 
 
 def _row_shapes(row: names.Row, ours: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -171,41 +149,98 @@ def _row_shapes(row: names.Row, ours: Mapping[str, tuple[int, ...]]) -> list[tup
     return [ours[path][skip:] for path in row.paths]
 
 
-def _check(rows, ours, tensors, directory) -> None:
-    expected = {name: row.transform.shape(_row_shapes(row, ours)) for row in rows for name in row.names()}
-    present = {name for name in tensors if not name.endswith(_DERIVED)}
+def _constants(config: VisionLanguageConfig, published: hf_config.Published) -> dict[str, StoredArray]:
+    """Tensors that a layout wants and that say nothing: `llava-hf` puts an identity behind a linear projector."""
+    if published.format != "llava-hf" or config.projector.kind != "linear":
+        return {}
+    width = config.projector.embed_dim
+
+    def identity(box: Box) -> np.ndarray:
+        rows, columns = box
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return np.eye(*shape, k=rows.start - columns.start, dtype=np.float32)
+
+    prefix = "multi_modal_projector.linear_2."
+    return {
+        prefix + "weight": StoredArray((width, width), np.float32, identity),
+        prefix + "bias": StoredArray((width,), np.float32, lambda box: np.zeros(box[0].stop - box[0].start)),
+    }
+
+
+def check_rows(
+    rows: Sequence[names.Row],
+    ours: Mapping[str, tuple[int, ...]],
+    files: TensorFiles,
+    where: str,
+    *,
+    constants: Mapping[str, StoredArray] = {},  # noqa: B006 - never changed
+) -> list[str]:
+    """Compares a table with the tensors of a folder.
+
+    Args:
+      rows: the table.
+      ours: shapes of our arrays by path.
+      files: the tensors.
+      where: the folder's name, for the error.
+      constants: tensors that the layout has beside those of the table, by name.
+
+    Returns:
+      Names of tensors that may be left out: tables of angles, which follow from the config.
+
+    Raises:
+      InputError: tensors are missing, extra, misshapen or no floating point numbers: all of them are listed.
+    """
+    expected = {name: row.transform.layout(_row_shapes(row, ours)).shape for row in rows for name in row.names()}
+    expected |= {name: constant.shape for name, constant in constants.items()}
+    derived = [name for name in files.names() if name.endswith(_DERIVED)]
+    present = set(files.names()) - set(derived)
     problems = {
         "missing": sorted(set(expected) - present),
         "not expected": sorted(present - set(expected)),
         "misshapen": [
-            f"{name} is {tensors.shape(name)} instead of {expected[name]}"
+            f"{name} is {files.shape(name)} instead of {expected[name]}"
             for name in sorted(present & set(expected))
-            if tensors.shape(name) != expected[name]
+            if files.shape(name) != expected[name]
         ],
     }
     problems["not floating point"] = [
-        f"{name} is {tensors.dtype(name)}"
+        f"{name} is {files.dtype_name(name)}"
         for name in sorted(present & set(expected))
-        if tensors.dtype(name) not in ("F16", "BF16", "F32", "F64")
+        if files.dtype_name(name) not in DTYPES
     ]
     lines = [f"{len(found)} {what}:\n    " + "\n    ".join(found) for what, found in problems.items() if found]
     if lines:
         raise InputError(
-            f"{directory} does not fit its config.json. Take config and weights from one checkpoint.\n  "
+            f"{where} does not fit its config.json. Take config and weights from one checkpoint.\n  "
             + "\n  ".join(lines)
         )
+    return derived
 
 
 def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
-    """Writes `config.json` and `model.safetensors` in the checkpoint's published layout into an existing directory.
+    """Writes `config.json` and safetensors in the checkpoint's published layout into an existing directory.
 
     Raises:
       InputError: the layout cannot express the model.
     """
     directory = pathlib.Path(directory)
     hf_config.check_expressible(checkpoint.config, checkpoint.published)
+    tensors = list(published_tensors(checkpoint))
+    largest = max(tensors, key=lambda tensor: tensor.nbytes)
+    config, beside = hf_config.write(checkpoint.config, checkpoint.published, checkpoint.tokens, str(largest.dtype))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if beside is not None:
+        (directory / "vision_config.json").write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+    write_folder(directory, tensors)
+
+
+def published_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """The tensors of a checkpoint in its published layout; each is read from the model when its blocks are.
+
+    Raises:
+      InputError: the model lacks parameters that the layout has.
+    """
     flat = flatten({"params": checkpoint.params, "unused": checkpoint.unused})
-    tensors: dict[str, np.ndarray] = {}
     # A tower made here has none of the layers that only published ones carry.
     rows = [
         row
@@ -216,14 +251,27 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     if missing:
         raise InputError(f"the model lacks parameters, nothing was written: {', '.join(missing)}")
     for row in rows:
+        arrays = [flat[path] for path in row.paths]
+        dtypes = {str(array.dtype) for array in arrays}
+        if len(dtypes) > 1:
+            raise InputError(
+                f"{row.name} packs {', '.join(row.paths)} of dtypes {', '.join(sorted(dtypes))}: cast them"
+            )
+        skip = 0 if row.layers is None else 1
+        layout = row.transform.layout([tuple(array.shape[skip:]) for array in arrays])
         for layer, name in enumerate(row.names()):
-            arrays = [flat[path] if row.layers is None else flat[path][layer] for path in row.paths]
-            tensors[name] = np.ascontiguousarray(row.transform.save(tuple(np.asarray(array) for array in arrays)))
-    largest = max(tensors.values(), key=lambda tensor: math.prod(tensor.shape))
-    config, beside = hf_config.write(checkpoint.config, checkpoint.published, checkpoint.tokens, str(largest.dtype))
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if beside is not None:
-        (directory / "vision_config.json").write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
-    safetensors.numpy.save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
-    # The library makes a file that its owner alone may read.
-    (directory / _WEIGHTS).chmod((directory / "config.json").stat().st_mode)
+            yield Tensor(
+                name, layout.shape, np.dtype(arrays[0].dtype), _blocks(layout, arrays, layer if skip else None)
+            )
+    dtype = np.dtype(flat["params/projector/linear_1/kernel"].dtype)
+    for name, constant in _constants(checkpoint.config, checkpoint.published).items():
+        flat_layout = names.Transform().layout([constant.shape])
+        yield Tensor(name, constant.shape, dtype, _blocks(flat_layout, [constant], None))
+
+
+def _blocks(layout: names.Layout, arrays: Sequence[Any], layer: int | None) -> Any:
+    def blocks() -> Iterator[np.ndarray]:
+        parts = [array if layer is None else layer_of(array, layer) for array in arrays]
+        return layout.blocks(parts, BLOCK, arrays[0].dtype)
+
+    return blocks

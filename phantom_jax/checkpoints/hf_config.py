@@ -31,12 +31,14 @@ class Published:
       language_model: `qwen2`, `internlm2`, `phi3` or `llama`.
       config: the `config.json` it came from; empty for a model that was made here.
       vision_config: the tower's own file beside it (original LLaVA).
+      tower_inside: whether the file holds the vision tower; only an original LLaVA may leave it out.
     """
 
     format: str
     language_model: str
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vision_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tower_inside: bool = True
 
 
 def publish(config: VisionLanguageConfig, layout: str | None = None) -> Published:
@@ -314,11 +316,12 @@ def _read_llava_hf(config):
     if strategy != "default":
         raise InputError(f"vision_feature_select_strategy={strategy!r}: only 'default' (no class token) is supported")
     activation = config.get("projector_hidden_act", "gelu")
-    if activation != "gelu":
-        raise InputError(f"projector_hidden_act={activation!r}: only 'gelu' is supported")
+    if activation not in ("gelu", "linear"):
+        raise InputError(f"projector_hidden_act={activation!r}: only 'gelu' and 'linear' are supported")
     vision = _read_clip(_need(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2))
     decoder = _read_decoder(text, "llama", None, "text_config")
-    projector = ProjectorConfig("mlp2x_gelu", vision.embed_dim, decoder.embed_dim)
+    kind = "linear" if activation == "linear" else "mlp2x_gelu"
+    projector = ProjectorConfig(kind, vision.embed_dim, decoder.embed_dim)
     image = config.get("image_token_index", config.get("image_token_id"))
     if image is None:
         raise InputError("config.json has no 'image_token_index': take it from the published checkpoint")
@@ -390,7 +393,7 @@ def write(
             "model_type": "llava",
             "architectures": ["LlavaForConditionalGeneration"],
             "image_token_index": tokens.image,
-            "projector_hidden_act": "gelu",
+            "projector_hidden_act": "linear" if config.projector.kind == "linear" else "gelu",
             "vision_feature_layer": -1 - config.vision_tower.unused_layers,
             "vision_feature_select_strategy": "default",
         }
@@ -425,11 +428,9 @@ def check_expressible(config: VisionLanguageConfig, published: Published) -> Non
     decoder, layout = config.language_model, published.format
     if layout not in FORMATS:
         raise InputError(f"format {layout!r} does not exist: use one of {', '.join(FORMATS)}")
-    expected = {"phantom": "pixel_shuffle", "llava-hf": "mlp2x_gelu"}.get(layout)
-    if expected and config.projector.kind != expected:
-        raise InputError(f"{layout} holds a {expected} projector, the model has {config.projector.kind!r}")
-    if layout == "llava-original" and config.projector.kind == "pixel_shuffle":
-        raise InputError("llava-original holds a linear or mlp2x_gelu projector, the model has 'pixel_shuffle'")
+    expected = ("pixel_shuffle",) if layout == "phantom" else ("linear", "mlp2x_gelu")
+    if config.projector.kind not in expected:
+        raise InputError(f"{layout} holds a {' or '.join(expected)} projector, the model has {config.projector.kind!r}")
     if layout == "phantom" and decoder.phantom != PhantomConfig():
         raise InputError(
             f"the phantom layout has no field for {decoder.phantom}: its code fixes {PhantomConfig()}; save as 'ours'"

@@ -9,31 +9,21 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
+from phantom_jax.checkpoints.layout import Layout, View
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
 
-Arrays = tuple[np.ndarray, ...]
 Shapes = Sequence[tuple[int, ...]]
 
 
 class Transform:
-    """A bijection between one published tensor and our parameters; the base class is the identity."""
+    """A bijection between one published tensor and our arrays, as a layout; the base class changes nothing."""
 
-    def load(self, tensor: np.ndarray, shapes: Shapes) -> Arrays:
-        """Our arrays, of the given shapes, from the published tensor."""
-        return (tensor.reshape(shapes[0]),)
-
-    def save(self, arrays: Arrays) -> np.ndarray:
-        """The published tensor."""
-        return arrays[0]
-
-    def shape(self, shapes: Shapes) -> tuple[int, ...]:
-        """Shape of the published tensor, without touching any data."""
-        return self.save(tuple(np.broadcast_to(np.zeros((), np.int8), shape) for shape in shapes)).shape
+    def layout(self, shapes: Shapes) -> Layout:
+        """Where the numbers of our arrays, of these shapes, stand in the published tensor."""
+        return Layout(shapes[0], (_row_major(shapes[0]),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +32,8 @@ class Reshape(Transform):
 
     published: tuple[int, ...]
 
-    def save(self, arrays):
-        return arrays[0].reshape(self.published)
+    def layout(self, shapes):
+        return Layout(self.published, (_row_major(shapes[0]),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,60 +42,62 @@ class Linear(Transform):
 
     inputs: int = 1
 
-    def load(self, tensor, shapes):
-        return (tensor.T.reshape(shapes[0]),)
-
-    def save(self, arrays):
-        fan_in = math.prod(arrays[0].shape[: self.inputs])
-        return arrays[0].reshape(fan_in, -1).T
+    def layout(self, shapes):
+        return Stacked(inputs=self.inputs).layout(shapes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolution(Transform):
     """PyTorch's patch kernel [D, 3, p, p] and our [p, p, 3, D]."""
 
-    def load(self, tensor, shapes):
-        return (tensor.transpose(2, 3, 1, 0),)
-
-    def save(self, arrays):
-        return arrays[0].transpose(3, 2, 0, 1)
+    def layout(self, shapes):
+        published = shapes[0][::-1]
+        published = (published[0], published[1], published[3], published[2])
+        width, colors, rows, columns = (axis for axis in _row_major(published).axes)
+        return Layout(published, (View(0, (rows, columns, colors, width)),))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stacked(Transform):
-    """Several linear maps (or biases) one below the other along the output axis: `qkv`, `qkv_proj`, `gate_up_proj`."""
+    """Several linear maps (or biases) one below the other along the output axis: `qkv`, `qkv_proj`, `gate_up_proj`.
 
-    bias: bool = False
+    `inputs` counts the input axes of our arrays, 0 for biases.
+    """
 
-    def load(self, tensor, shapes):
-        inputs = 0 if self.bias else 1
-        sizes = [math.prod(shape[inputs:]) for shape in shapes]
-        parts = np.split(tensor, np.cumsum(sizes)[:-1], axis=0)
-        return tuple(part.T.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+    inputs: int = 1
 
-    def save(self, arrays):
-        if self.bias:
-            return np.concatenate([array.reshape(-1) for array in arrays])
-        return np.concatenate([array.reshape(array.shape[0], -1).T for array in arrays])
+    def layout(self, shapes):
+        width = math.prod(shapes[0][: self.inputs])
+        views, rows = [], 0
+        for shape in shapes:
+            inputs, outputs = shape[: self.inputs], shape[self.inputs :]
+            axes = (*_row_major(inputs).axes, *_row_major(outputs, width).axes)
+            views.append(View(rows * width, axes))
+            rows += math.prod(outputs)
+        return Layout((rows, width) if self.inputs else (rows,), tuple(views))
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupedQKV(Transform):
     """InternLM2's `wqkv`: per key-value head its query heads, then the key, then the value."""
 
-    def load(self, tensor, shapes):
+    def layout(self, shapes):
         (width, heads, head_dim), (_, kv_heads, _), _ = shapes
         groups = heads // kv_heads
-        packed = tensor.reshape(kv_heads, groups + 2, head_dim, width).transpose(3, 0, 1, 2)
-        query = packed[:, :, :groups].reshape(shapes[0])
-        return query, packed[:, :, groups], packed[:, :, groups + 1]
+        row, head = width, head_dim * width
+        kv_head = (groups + 2) * head
+        axis_in, axis_dim = ((width, 1),), ((head_dim, row),)
+        query = View(0, (axis_in, ((kv_heads, kv_head), (groups, head)), axis_dim))
+        key, value = (View((groups + n) * head, (axis_in, ((kv_heads, kv_head),), axis_dim)) for n in (0, 1))
+        return Layout((kv_heads * (groups + 2) * head_dim, width), (query, key, value))
 
-    def save(self, arrays):
-        query, key, value = arrays
-        width, kv_heads, head_dim = key.shape
-        query = query.reshape(width, kv_heads, -1, head_dim)
-        packed = np.concatenate([query, key[:, :, None], value[:, :, None]], axis=2)
-        return packed.transpose(1, 2, 3, 0).reshape(-1, width)
+
+def _row_major(shape: Sequence[int], unit: int = 1) -> View:
+    axes: list[tuple[tuple[int, int], ...]] = []
+    for size in reversed(shape):
+        axes.insert(0, ((size, unit),))
+        unit *= size
+    return View(0, tuple(axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +210,7 @@ def internvit_rows(config: VisionTowerConfig, prefix: str) -> list[Row]:
     qkv = ("query", "key", "value")
     layers.add("attn.qkv.weight", *(f"{name}/kernel" for name in qkv), transform=Stacked())
     if config.qkv_bias:
-        layers.add("attn.qkv.bias", *(f"{name}/bias" for name in qkv), transform=Stacked(bias=True))
+        layers.add("attn.qkv.bias", *(f"{name}/bias" for name in qkv), transform=Stacked(inputs=0))
     if config.qk_norm:
         layers.add("attn.q_norm.weight", "query_norm/scale", transform=Reshape((width,)))
         layers.add("attn.k_norm.weight", "key_norm/scale", transform=Reshape((width,)))
@@ -296,7 +288,8 @@ def phantom_table(config: VisionLanguageConfig, layout: str) -> list[Row]:
 
 def llava_hf_table(config: VisionLanguageConfig) -> list[Row]:
     """`llava-hf` on disk (the names that all versions of transformers read)."""
-    projector = {name: f"multi_modal_projector.{name}" for name in ("linear_1", "linear_2")}
+    linears = ("linear_1",) if config.projector.kind == "linear" else ("linear_1", "linear_2")
+    projector = {name: f"multi_modal_projector.{name}" for name in linears}
     return (
         clip_rows(config.vision_tower, "vision_tower.vision_model.")
         + projector_rows(config.projector, projector)
@@ -304,13 +297,13 @@ def llava_hf_table(config: VisionLanguageConfig) -> list[Row]:
     )
 
 
-def llava_original_table(config: VisionLanguageConfig) -> list[Row]:
-    """The original LLaVA, tower inside."""
+def llava_original_table(config: VisionLanguageConfig, *, tower: bool = True) -> list[Row]:
+    """The original LLaVA, with or without the tower inside."""
     projector = {"linear_1": "model.mm_projector"}
     if config.projector.kind == "mlp2x_gelu":
         projector = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
     return (
-        clip_rows(config.vision_tower, "model.vision_tower.vision_tower.vision_model.")
+        (clip_rows(config.vision_tower, "model.vision_tower.vision_tower.vision_model.") if tower else [])
         + projector_rows(config.projector, projector)
         + decoder_rows(config.language_model, "llama", "")
     )

@@ -1,17 +1,20 @@
-"""Our own model folder: `phantom_jax.json` (what the model is) and `params/` (Orbax, shardable)."""
+"""Our own model folder: `phantom_jax.json` (what the model is) and `params/` (Orbax, readable part by part)."""
 
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
+import numpy as np
 
-from phantom_jax.checkpoints.hf import Checkpoint, read_json, shapes
+from phantom_jax.checkpoints import orbax_stream
+from phantom_jax.checkpoints.arrays import cast
+from phantom_jax.checkpoints.hf import Checkpoint, shapes
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
+from phantom_jax.checkpoints.quantized import join_fields, split_fields
+from phantom_jax.checkpoints.tensor_files import read_json
 from phantom_jax.errors import InputError
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig
@@ -23,7 +26,7 @@ from phantom_jax.trees import flatten, unflatten
 
 CONFIG = "phantom_jax.json"
 _ARRAYS = "params"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 def _model_config(content: Mapping[str, Any]) -> VisionLanguageConfig:
@@ -43,38 +46,38 @@ def _model_config(content: Mapping[str, Any]) -> VisionLanguageConfig:
 
 
 def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint into an existing directory."""
+    """Writes a checkpoint into an existing directory, block by block."""
     directory = pathlib.Path(directory).absolute()
+    trees = {"params": checkpoint.params} | ({"unused": checkpoint.unused} if checkpoint.unused else {})
+    flat, quantization = split_fields(flatten(trees))
     content = {
         "schema_version": _SCHEMA,
         "model": dataclasses.asdict(checkpoint.config),
         "published": dataclasses.asdict(checkpoint.published),
         "tokens": dataclasses.asdict(checkpoint.tokens),
+        "quantization": quantization,
     }
     (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    trees = {"params": checkpoint.params} | ({"unused": checkpoint.unused} if checkpoint.unused else {})
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _ARRAYS, trees)
+    orbax_stream.save(directory / _ARRAYS, unflatten(flat))
 
 
-def load(
-    directory: str | os.PathLike[str], *, place: Callable[[VisionLanguageConfig], Any] | None = None
-) -> Checkpoint:
-    """Reads what `save` wrote; arrays come as jax arrays.
+def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
+    """Opens what `save` wrote; arrays are read when they are asked for.
 
     Args:
       directory: the folder.
-      place: gives for a model the sharding of each parameter; None puts all on the default device.
+      dtype: of all arrays; None leaves each as it is stored.
 
     Raises:
-      InputError: the folder is not complete, or arrays are missing, extra or misshapen: all of them are listed.
+      InputError: the folder is not complete, arrays are missing, extra or misshapen (all of them are listed), or a
+        dtype is asked for where weights are quantised.
     """
     directory = pathlib.Path(directory).absolute()
     content = read_json(directory / CONFIG)
-    if content.get("schema_version") != _SCHEMA:
+    if content.get("schema_version") not in range(1, _SCHEMA + 1):
         raise InputError(
-            f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads {_SCHEMA}: "
-            "use the version of phantom_jax that wrote it"
+            f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
+            f"{_SCHEMA}: use the version of phantom_jax that wrote it"
         )
     try:
         config = _model_config(content["model"])
@@ -84,30 +87,15 @@ def load(
         raise InputError(f"{directory / CONFIG} does not describe a model: {error}. Save the model again") from error
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
-    try:
-        trees = _restore(directory, config, {} if place is None else flatten({"params": place(config)}))
-    except (InputError, MemoryError, jax.errors.JaxRuntimeError):
-        # Too little memory says nothing about the files.
-        raise
-    # Orbax raises bare `Exception` where an array cannot be read.
-    except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"{directory / _ARRAYS} cannot be read, it may be damaged ({said[0][:200]}): if so, save the model again"
-        ) from error
+    expected, quantization = shapes(config), content.get("quantization")
+    flat = join_fields(orbax_stream.load(directory / _ARRAYS), quantization, expected)
+    _check({path: tuple(leaf.shape) for path, leaf in flat.items()}, expected, directory)
+    if dtype is not None:
+        if quantization:
+            raise InputError(f"{directory} holds {quantization} weights, they have no other dtype: leave dtype out")
+        flat = {path: cast(leaf, np.dtype(dtype)) for path, leaf in flat.items()}
+    trees = unflatten(flat)
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
-
-
-def _restore(directory: pathlib.Path, config: VisionLanguageConfig, shardings: Mapping[str, Any]) -> Any:
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = flatten(checkpointer.metadata(directory / _ARRAYS).item_metadata.tree)
-        _check({path: tuple(leaf.shape) for path, leaf in stored.items()}, shapes(config), directory)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(path, device))
-            for path, leaf in stored.items()
-        }
-        return checkpointer.restore(directory / _ARRAYS, unflatten(wanted))
 
 
 def _check(stored, expected, directory) -> None:

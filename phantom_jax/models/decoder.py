@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from phantom_jax import axes
@@ -287,25 +287,30 @@ class Decoder(nn.Module):
         return DecoderOutput(self.final_norm(x_BLD), cache, jnp.stack(inputs) if self.keep_layer_inputs else None)
 
 
-def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(params: Mapping[str, Any], take: Callable[[Any, int], Any] = operator.getitem) -> dict[str, Any]:
     """A decoder's parameters with layers of their own, from those of scanned layers: `layers` to `layers_0`, ...
 
     Arrays are cut one by one, so that no more than the tree and one of its arrays is held.
+
+    Args:
+      params: with `layers`, stacked on the first axis.
+      take: gives one entry of the first axis of an array.
     """
     params = dict(params)
-    stacked = flatten(params.pop("layers"))
     layers: dict[str, dict[str, Any]] = {}
-    for path in list(stacked):
-        array = stacked.pop(path)
+    for path, array in flatten(params.pop("layers")).items():
         for index in range(jax.tree.leaves(array)[0].shape[0]):
-            layers.setdefault(f"layers_{index}", {})[path] = jax.tree.map(lambda leaf, index=index: leaf[index], array)
+            layer = layers.setdefault(f"layers_{index}", {})
+            layer[path] = jax.tree.map(lambda leaf, index=index: take(leaf, index), array)
     return params | {name: unflatten(leaves) for name, leaves in layers.items()}
 
 
-def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `unstack_layers`; the stacked arrays are numpy's, in host memory."""
+def stack_layers(params: Mapping[str, Any], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`; `join` makes one array of those of all layers."""
     params = dict(params)
     count = sum(name.startswith("layers_") for name in params)
     layers = [flatten(params.pop(f"layers_{index}")) for index in range(count)]
-    stacked = {path: np.stack([np.asarray(layer[path]) for layer in layers]) for path in layers[0]}
+    stacked = {
+        path: jax.tree.map(lambda *arrays: join(arrays), *(layer[path] for layer in layers)) for path in layers[0]
+    }
     return params | {"layers": unflatten(stacked)}

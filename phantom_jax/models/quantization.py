@@ -12,9 +12,13 @@ from phantom_jax.ops import quantize
 from phantom_jax.trees import flatten
 
 # Stacked layers are `layers`, layers of their own `layers_0`, `layers_1`, ...
-_KERNEL = re.compile(
-    r"language_model/layers(?P<index>_\d+)?/(attention/(?P<attention>query|key|value|out)|gate|up|down)/kernel"
-)
+_KERNEL = re.compile(r"language_model/layers(_\d+)?/(attention/(?P<attention>query|key|value|out)|gate|up|down)/kernel")
+
+
+def kernel_inputs(path: str) -> int | None:
+    """How many axes the kernel at a path contracts; None where it is not one of those that are quantised."""
+    match = _KERNEL.fullmatch(path)
+    return None if match is None else 2 if match["attention"] == "out" else 1
 
 
 def quantize_params(params: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -36,21 +40,33 @@ def quantize_params(params: dict[str, Any], kind: str) -> dict[str, Any]:
     Raises:
       InputError: the kind does not exist, there is nothing to quantise, or it is quantised already.
     """
-    if kind not in quantize.KINDS:
-        raise InputError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(quantize.KINDS)}")
-    matches = [match for match in map(_KERNEL.fullmatch, flatten(params)) if match]
-    if not matches:
+    check_kind(kind)
+    paths = [path for path in flatten(params) if kernel_inputs(path) is not None]
+    if not paths:
         raise InputError(
             f"there is no language model to quantise among {', '.join(sorted(params))}: give the parameters of a whole "
             "vision-language model"
         )
-    for match in matches:
-        *parents, name = match[0].split("/")
+    for path in paths:
+        *parents, name = path.split("/")
         node = functools.reduce(operator.getitem, parents, params)
-        if isinstance(node[name], quantize.QuantizedTensor):
-            raise InputError(f"{match[0]} is quantised to {node[name].kind} already: quantise the float model instead")
-        inputs = 2 if match["attention"] == "out" else 1
-        layers = 0 if match["index"] else 1
-        # Waiting bounds the memory: dispatched ahead, many kernels would be held in both forms.
-        node[name] = jax.block_until_ready(quantize.quantize(node[name], kind, inputs=inputs, layers=layers))
+        node[name] = quantize_kernel(path, node[name], kind)
     return params
+
+
+def check_kind(kind: str) -> None:
+    """Raises an `InputError` where weights cannot be quantised to a kind."""
+    if kind not in quantize.KINDS:
+        raise InputError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(quantize.KINDS)}")
+
+
+def quantize_kernel(path: str, array: Any, kind: str) -> Any:
+    """The array at a path, quantised if it is one of those that are; see `quantize_params`."""
+    inputs = kernel_inputs(path)
+    if inputs is None:
+        return array
+    if isinstance(array, quantize.QuantizedTensor):
+        raise InputError(f"{path} is quantised to {array.kind} already: quantise the float model instead")
+    layers = 1 if "/layers/" in path else 0
+    # Waiting bounds the memory: dispatched ahead, many kernels would be held in both forms.
+    return jax.block_until_ready(quantize.quantize(array, kind, inputs=inputs, layers=layers))

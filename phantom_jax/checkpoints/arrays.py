@@ -1,0 +1,129 @@
+"""Arrays that stay where they are until a part of them is asked for."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Box = tuple[slice, ...]
+"""One slice of step 1 for each axis, with both ends set."""
+
+
+class StoredArray:
+    """An array that is read part by part: `array[index]` reads that part alone, `np.asarray(array)` all of it.
+
+    Attributes:
+      shape: sizes of the axes.
+      dtype: numpy's.
+      block_axis: parts that follow each other along this axis also do so where the array is stored. Whoever walks
+        through the array in blocks cuts it along this axis, or along the first, whose entries are layers.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[Box], np.ndarray], block_axis: int = 0):
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        self.block_axis = min(block_axis, max(len(self.shape) - 1, 0))
+        self._read = read
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Numpy's basic indexing with integers, slices of step 1 and `...`."""
+        box, dropped = resolve(index, self.shape)
+        return self._read(box).reshape([b.stop - b.start for b, drop in zip(box, dropped, strict=True) if not drop])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = self[...]
+        return whole if dtype is None else whole.astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"StoredArray({self.dtype}{list(self.shape)})"
+
+
+def resolve(index: Any, shape: tuple[int, ...]) -> tuple[Box, list[bool]]:
+    """An index as a box, and for each axis whether an integer dropped it."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in parts:
+        place = parts.index(Ellipsis)
+        parts[place : place + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    parts += [slice(None)] * (len(shape) - len(parts))
+    if len(parts) != len(shape):
+        raise IndexError(f"{len(parts)} indices for an array of shape {shape}")
+    box, dropped = [], []
+    for part, size in zip(parts, shape, strict=True):
+        drop = not isinstance(part, slice)
+        if drop:
+            start = part + size if part < 0 else part
+            stop, step = start + 1, 1
+            if not 0 <= start < size:
+                raise IndexError(f"index {part} is outside an axis of size {size}")
+        else:
+            start, stop, step = part.indices(size)
+        if step != 1:
+            raise IndexError(f"stored arrays are read in steps of 1, not {step}")
+        box.append(slice(start, max(start, stop)))
+        dropped.append(drop)
+    return tuple(box), dropped
+
+
+def layer_of(array: Any, layer: int) -> Any:
+    """One entry of the first axis; of a `StoredArray` again one, nothing is read."""
+    if not isinstance(array, StoredArray):
+        return array[layer]
+    shape, axis = array.shape[1:], max(array.block_axis - 1, 0)
+    return StoredArray(shape, array.dtype, lambda box: array[(layer, *box)], axis)
+
+
+def stack(arrays: Sequence[Any]) -> StoredArray:
+    """Arrays of one shape on a new first axis, each read when it is asked for."""
+
+    def read(box: Box) -> np.ndarray:
+        parts = [np.asarray(array)[box[1:]] for array in arrays[box[0]]]
+        return np.stack(parts) if parts else np.empty([part.stop - part.start for part in box])
+
+    return StoredArray((len(arrays), *arrays[0].shape), arrays[0].dtype, read)
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """The array in another dtype; of a `StoredArray` again one, nothing is read."""
+    if array.dtype == dtype:
+        return array
+    if not isinstance(array, StoredArray):
+        return array.astype(dtype)
+    return StoredArray(array.shape, dtype, lambda box: array[box].astype(dtype), array.block_axis)
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`, several times as fast where the fastest axes of the two differ.
+
+    Numpy walks along one of them, and each step along the other touches another cache line; a strip of 16 fits.
+    """
+    width = target.dtype.itemsize
+    if source.dtype == target.dtype and width in (1, 2, 4, 8) and target.dtype.names is None:
+        # Plain integers copy faster than dtypes that numpy does not know.
+        target, source = target.view(f"u{width}"), source.view(f"u{width}")
+    fast = [min(range(target.ndim), key=lambda axis: _pace(a, axis), default=0) for a in (target, source)]
+    if fast[0] == fast[1] or target.size < 4096:
+        target[...] = source
+        return
+    strip = [slice(None)] * target.ndim
+    for start in range(0, target.shape[fast[0]], 16):
+        strip[fast[0]] = slice(start, start + 16)
+        target[tuple(strip)] = source[tuple(strip)]
+
+
+def _pace(array: np.ndarray, axis: int) -> tuple[bool, int]:
+    return array.shape[axis] == 1, abs(array.strides[axis])

@@ -1,0 +1,197 @@
+"""Orbax arrays written and read part by part.
+
+Orbax writes whole arrays, and an array of ours holds all layers of a model. Here a leaf is a `StoredArray`, and a
+handler of its own writes one block after the other; Orbax still writes its metadata, joins the files and renames the
+folder when all is done, so that every reader of Orbax checkpoints reads the result.
+"""
+
+import collections
+import contextlib
+import itertools
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from absl import logging
+
+from phantom_jax.checkpoints.arrays import Box, StoredArray
+from phantom_jax.errors import InputError
+from phantom_jax.trees import flatten, unflatten
+
+BLOCK_BYTES = 1 << 25
+_IN_FLIGHT_BYTES = 1 << 27
+_CHUNK_BYTES = 1 << 22
+
+
+class _Leaf:
+    """What the handler is registered for; everything else is Orbax's own to write."""
+
+    def __init__(self, path: str, array: Any):
+        self.path, self.array = path, array
+        self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
+
+    @property
+    def layers(self) -> int:
+        """The first axis of a large array counts layers, or is cut like any other."""
+        return self.shape[0] if len(self.shape) > 2 else 1
+
+    def boxes(self, layer: int, chunk: tuple[int, ...]) -> Iterator[Box]:
+        """One layer in blocks that hold whole chunks."""
+        shape = self.shape
+        box = [slice(0, size) for size in shape]
+        if not shape:
+            yield ()
+            return
+        stacked = len(shape) > 2
+        if stacked:
+            box[0] = slice(layer, layer + 1)
+        axis = getattr(self.array, "block_axis", 0)
+        axis = max(axis, 1) if stacked else axis
+        width = math.prod(part.stop - part.start for part in box) // shape[axis] * self.dtype.itemsize
+        step = max(BLOCK_BYTES // max(width, 1) // chunk[axis], 1) * chunk[axis]
+        for start in range(0, shape[axis], step):
+            box[axis] = slice(start, min(start + step, shape[axis]))
+            yield tuple(box)
+
+
+def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """At most 4 MiB of one layer, cut along its longest axes: whatever axis a mesh splits, few bytes are read twice."""
+    chunk = [1, *shape[1:]] if len(shape) > 2 else list(shape)
+    while math.prod(chunk) * itemsize > _CHUNK_BYTES:
+        longest = chunk.index(max(chunk))
+        chunk[longest] = -(-chunk[longest] // 2)
+    return tuple(chunk)
+
+
+class _Handler(ocp.type_handlers.TypeHandler):
+    """Writes leaves one block after the other."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def metadata(self, infos):
+        raise NotImplementedError("leaves are only written")
+
+    async def deserialize(self, infos, args=None):
+        raise NotImplementedError("leaves are only written")
+
+    async def serialize(self, values, infos, args=None):
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="blocks")]
+
+    async def _write(self, leaves: Sequence[_Leaf], infos: Sequence[Any]) -> None:
+        stores = {}
+        for leaf, info in zip(leaves, infos, strict=True):
+            await info.await_path_creation()
+            stores[leaf.path] = await _create(leaf, info)
+        waiting: collections.deque[tuple[Any, int]] = collections.deque()
+        flying = 0
+        # Arrays of one quantised kernel go layer by layer together, so that each layer is quantised once.
+        for _, members in itertools.groupby(sorted(leaves, key=lambda leaf: leaf.path), key=_kernel_of):
+            group = list(members)
+            for layer in range(group[0].layers):
+                for leaf in group:
+                    for box in leaf.boxes(layer, _chunk(leaf.shape, leaf.dtype.itemsize)):
+                        block = np.asarray(leaf.array[box])
+                        store = stores[leaf.path][box] if box else stores[leaf.path]
+                        written = store.write(block, can_reference_source_data_indefinitely=True)
+                        waiting.append((written, block.nbytes))
+                        flying += block.nbytes
+                        while flying > _IN_FLIGHT_BYTES:
+                            oldest, size = waiting.popleft()
+                            await oldest
+                            flying -= size
+        for written, _ in waiting:
+            await written
+
+
+def _kernel_of(leaf: _Leaf) -> str:
+    kernel, mark, _ = leaf.path.partition("/kernel/")
+    return kernel + mark
+
+
+async def _create(leaf: _Leaf, info: Any) -> tensorstore.TensorStore:
+    spec = ocp.type_handlers.get_json_tspec_write(
+        info,
+        use_ocdbt=info.is_ocdbt_checkpoint,
+        global_shape=leaf.shape,
+        local_shape=_chunk(leaf.shape, leaf.dtype.itemsize),
+        dtype=leaf.dtype,
+        process_index=jax.process_index(),
+    )
+    return await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+
+
+def save(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
+    """Writes nested dictionaries of arrays as an Orbax checkpoint, in memory of some blocks.
+
+    Args:
+      path: a folder that does not exist yet; it appears complete or not at all.
+      tree: its leaves are `StoredArray`, numpy's or jax's arrays.
+    """
+    leaves = unflatten({name: _Leaf(name, array) for name, array in flatten(tree).items()})
+    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, _Handler()))
+    with _quiet():
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs a traceback for each thread that an error passes; the error itself is raised."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """Opens an Orbax checkpoint as flat `StoredArray`s by path; nothing is read yet but what describes them.
+
+    Raises:
+      InputError: it is damaged; also later, when a damaged array is read.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            described = flatten(checkpointer.metadata(path).item_metadata.tree)
+        return {name: _stored(path, name, leaf) for name, leaf in described.items()}
+    # Orbax raises bare `Exception` where a file cannot be read.
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _stored(path: pathlib.Path, name: str, described: Any) -> StoredArray:
+    shape = tuple(described.shape)
+    store: list[tensorstore.TensorStore] = []
+
+    def read(box: Box) -> np.ndarray:
+        try:
+            if not store:
+                store.append(_open(path, name))
+            return store[0][box].read().result() if box else np.asarray(store[0].read().result())
+        except (ValueError, OSError) as error:
+            raise _damaged(path, error) from error
+
+    return StoredArray(shape, described.dtype, read, 1 if len(shape) > 2 else 0)
+
+
+def _open(path: pathlib.Path, name: str) -> tensorstore.TensorStore:
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": name.replace("/", ".") + "/"},
+        # A chunk that is not there would be read as zeros.
+        "fill_missing_data_reads": False,
+    }
+    return tensorstore.open(spec, read=True, open=True).result()
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> InputError:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(f"{path} cannot be read, it may be damaged ({said[0][:200]}): if so, save the model again")

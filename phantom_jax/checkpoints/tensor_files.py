@@ -1,0 +1,178 @@
+"""Safetensors on disk: headers read and checked first, then just the byte ranges that are asked for."""
+
+import json
+import math
+import os
+import pathlib
+import struct
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from phantom_jax.checkpoints.layout import runs_of
+from phantom_jax.errors import InputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The floating point dtypes of the format; weights have no others here."""
+
+# What the format's own library allows.
+_MAX_HEADER = 100_000_000
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object, or an `InputError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object")
+    return content
+
+
+class TensorFiles:
+    """The tensors of some safetensors files by name, read part by part.
+
+    Attributes:
+      bytes_read: how much of the tensors was read so far.
+    """
+
+    def __init__(self, paths: list[pathlib.Path]):
+        """Opens files.
+
+        Raises:
+          InputError: one is damaged, or two of them hold a tensor of one name.
+        """
+        self.bytes_read = 0
+        self._where: dict[str, tuple[pathlib.Path, int, str, tuple[int, ...]]] = {}
+        self._descriptors: dict[pathlib.Path, int] = {}
+        weakref.finalize(self, _close, self._descriptors)
+        self._lock = threading.Lock()
+        for path in paths:
+            for name, entry in _header(path).items():
+                if name in self._where:
+                    raise InputError(f"tensor {name!r} stands in {self._where[name][0].name} and in {path.name}")
+                self._where[name] = (path, *entry)
+
+    @classmethod
+    def of_folder(cls, directory: pathlib.Path) -> "TensorFiles":
+        """The weights of a Hugging Face folder, in one file or in shards with an index.
+
+        Raises:
+          InputError: there are none, a shard is missing, damaged or outside the folder, or the index lists others.
+        """
+        if not (directory / INDEX).is_file():
+            if (directory / WEIGHTS).is_file():
+                return cls([directory / WEIGHTS])
+            found = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
+            raise InputError(f"{directory} holds neither {WEIGHTS} nor {INDEX} (it holds {found})")
+        index = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise InputError(f"{directory / INDEX} has no 'weight_map' of tensor names to file names")
+        for name in sorted(set(index.values())):
+            if pathlib.PurePath(name).name != name or name in ("", ".."):
+                raise InputError(f"{directory / INDEX} names the shard {name!r}: not a file of {directory}")
+            if not (directory / name).is_file():
+                raise InputError(f"{directory / INDEX} names the shard {name!r}, which is missing: fetch it again")
+        files = cls([directory / name for name in sorted(set(index.values()))])
+        elsewhere = [name for name, (path, *_) in files._where.items() if index.get(name) not in (path.name, None)]
+        missing = sorted(set(index) - set(files._where)) + sorted(elsewhere)
+        if missing:
+            raise InputError(f"{directory / INDEX} lists tensors that their shards do not hold: {', '.join(missing)}")
+        return files
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name][3]
+
+    def dtype_name(self, name: str) -> str:
+        """As the format spells it, `BF16`; not all of them are `DTYPES`."""
+        return self._where[name][2]
+
+    def dtype(self, name: str) -> np.dtype:
+        return DTYPES[self.dtype_name(name)]
+
+    def path(self, name: str) -> pathlib.Path:
+        """The file that holds the tensor."""
+        return self._where[name][0]
+
+    def fetch(self, name: str) -> Callable[[np.ndarray, int], np.ndarray]:
+        """The function by which a `layout.View` of the tensor is read."""
+        path, offset, _, _ = self._where[name]
+        dtype = self.dtype(name)
+
+        def fetch(starts: np.ndarray, length: int) -> np.ndarray:
+            elements = np.empty(len(starts) * length, dtype)
+            place = memoryview(elements.view(np.uint8))
+            for start, stop in runs_of(starts, length):
+                size = (stop - start) * dtype.itemsize
+                self._read(path, place[:size], offset + start * dtype.itemsize)
+                place = place[size:]
+            return elements
+
+        return fetch
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor, for the small ones."""
+        shape = self.shape(name)
+        return self.fetch(name)(np.zeros(1, np.int64), math.prod(shape)).reshape(shape)
+
+    def _read(self, path: pathlib.Path, place: memoryview, offset: int) -> None:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            self.bytes_read += len(place)
+        while place:
+            # Not mapped into memory: pages that were looked at would count as memory of this process.
+            count = os.preadv(self._descriptors[path], [place], offset)
+            if count == 0:
+                raise InputError(f"{path} ends at byte {offset}, in the middle of a tensor: fetch it again")
+            place, offset = place[count:], offset + count
+
+
+def _close(descriptors: dict[pathlib.Path, int]) -> None:
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+
+
+def _header(path: pathlib.Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+    """For each tensor where its data begin in the file, its dtype and its shape."""
+    try:
+        # The format's library checks that ranges fit the shapes, do not overlap and fill the file.
+        with safetensors.safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            content = file.read(min(size, _MAX_HEADER))
+        entries = json.loads(content, object_pairs_hook=_without_duplicates)
+    except (OSError, ValueError, struct.error, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is no readable safetensors file, fetch it again: {error}") from error
+    entries.pop("__metadata__", None)
+    return {
+        name: (8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in entries.items()
+    }
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise ValueError(f"its header holds {name!r} twice")
+        unique[name] = value
+    return unique

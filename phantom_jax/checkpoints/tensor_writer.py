@@ -1,0 +1,95 @@
+"""Writes safetensors block by block: the header first, then the tensors' bytes as they come."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from phantom_jax.checkpoints.tensor_files import DTYPES, INDEX, WEIGHTS
+
+SHARD_BYTES = 5_000_000_000
+"""As large as the shards that Hugging Face's libraries wrote when these models were published."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that is yet to be written.
+
+    Attributes:
+      name, shape, dtype: as in the file.
+      blocks: gives its elements in order, in flat arrays.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_folder(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `model.safetensors`; where that would be larger than `shard_bytes`, shards with an index.
+
+    A tensor larger than that has a shard of its own. All is on the disk when this returns.
+    """
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(member.nbytes for member in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        write_file(directory / WEIGHTS, shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(directory / name, shard)
+        weight_map |= {tensor.name: name for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(path: pathlib.Path, tensors: Sequence[Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes one file; readers of the PyTorch world want the metadata `{"format": "pt"}`, which is the default."""
+    # Wide dtypes first, so that every tensor is aligned.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        # One block is on its way to the disk while the next one is made.
+        pending: Future | None = None
+        for tensor in tensors:
+            for block in tensor.blocks():
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(_write_all, file, memoryview(np.ascontiguousarray(block).view(np.uint8)))
+        if pending is not None:
+            pending.result()
+        os.fsync(file.fileno())
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
