@@ -11,10 +11,11 @@ import numpy as np
 
 from phantom_jax.checkpoints import orbax_stream
 from phantom_jax.checkpoints.arrays import cast
-from phantom_jax.checkpoints.hf import Checkpoint, shapes
+from phantom_jax.checkpoints.hf import Checkpoint, Origin, shapes
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
 from phantom_jax.checkpoints.quantized import join_fields, split_fields
 from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.errors import InputError
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig
@@ -45,6 +46,22 @@ def _model_config(content: Mapping[str, Any]) -> VisionLanguageConfig:
     )
 
 
+def description(config: VisionLanguageConfig, published: Published, tokens: TokenIds) -> dict[str, Any]:
+    """What a model is, for a JSON file."""
+    parts = {"model": config, "published": published, "tokens": tokens}
+    return {name: dataclasses.asdict(part) for name, part in parts.items()}
+
+
+def described(content: Mapping[str, Any], where: pathlib.Path) -> tuple[VisionLanguageConfig, Published, TokenIds]:
+    """The inverse of `description`; `where` names the file in errors."""
+    try:
+        config = _model_config(content["model"])
+        tokens = TokenIds(**{**content["tokens"], "eos": tuple(content["tokens"]["eos"])})
+        return config, Published(**content["published"]), tokens
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} does not describe a model: {error}. Save it again") from error
+
+
 def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     """Writes a checkpoint into an existing directory, block by block."""
     directory = pathlib.Path(directory).absolute()
@@ -52,9 +69,8 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     flat, quantization = split_fields(flatten(trees))
     content = {
         "schema_version": _SCHEMA,
-        "model": dataclasses.asdict(checkpoint.config),
-        "published": dataclasses.asdict(checkpoint.published),
-        "tokens": dataclasses.asdict(checkpoint.tokens),
+        **description(checkpoint.config, checkpoint.published, checkpoint.tokens),
+        "origin": dataclasses.asdict(checkpoint.origin),
         "quantization": quantization,
     }
     (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -79,12 +95,7 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
             f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
             f"{_SCHEMA}: use the version of phantom_jax that wrote it"
         )
-    try:
-        config = _model_config(content["model"])
-        tokens = TokenIds(**{**content["tokens"], "eos": tuple(content["tokens"]["eos"])})
-        published = Published(**content["published"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{directory / CONFIG} does not describe a model: {error}. Save the model again") from error
+    config, published, tokens = described(content, directory / CONFIG)
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
     expected, quantization = shapes(config), content.get("quantization")
@@ -95,7 +106,9 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
             raise InputError(f"{directory} holds {quantization} weights, they have no other dtype: leave dtype out")
         flat = {path: cast(leaf, np.dtype(dtype)) for path, leaf in flat.items()}
     trees = unflatten(flat)
-    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
+    origin = Origin(**{key: tuple(names) for key, names in content.get("origin", {}).items()})
+    entries = tuple(Entry("", (path,), "kept") for path in flat)
+    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, entries)
 
 
 def _check(stored, expected, directory) -> None:

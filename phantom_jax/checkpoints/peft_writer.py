@@ -47,7 +47,9 @@ def write(adapter: Adapter, directory: pathlib.Path) -> None:
     known = adapter.naming is not None and NAMINGS[adapter.naming][0] == layout
     table = rows(adapter.config, adapter.published.language_model, adapter.naming if known else layout)
     shapes = hf.shapes(adapter.config)
-    packed = [pack(adapter, linear, layer, shapes) for linear in linears(table) for layer in range(len(linear.modules()))]
+    packed = [
+        pack(adapter, linear, layer, shapes) for linear in linears(table) for layer in range(len(linear.modules()))
+    ]
     modules = [module for module, _ in packed]
     settings = _DEFAULTS | (dict(adapter.settings) if known else {})
     if "r" not in settings or not peft_config.describes(settings, modules):

@@ -30,6 +30,17 @@ class Entry:
             raise ValueError(f"{self.name or self.paths} is {self.action!r}: use one of {', '.join(ACTIONS)}")
 
 
+def changed(entries: Iterable[Entry], paths: Iterable[str], reason: str) -> tuple[Entry, ...]:
+    """The entries, those of some parameters with one more reason for being transformed."""
+    paths = set(paths)
+    return tuple(
+        dataclasses.replace(entry, action="transformed", reason="; ".join(filter(None, (entry.reason, reason))))
+        if paths.intersection(entry.paths) and entry.action != "fresh"
+        else entry
+        for entry in entries
+    )
+
+
 def summary(entries: Iterable[Entry]) -> str:
     """One line with the count of each action, and of each reason of what was not kept."""
     reasons: dict[str, collections.Counter[str]] = {action: collections.Counter() for action in ACTIONS}

@@ -388,7 +388,10 @@ WRONG_TENSORS = {
     "dora": ({f"{Q}.lora_magnitude_vector.weight": A[0]}, "DoRA"),
     "bias of B": ({f"{Q}.lora_B.bias": A[0]}, "LoRA with a bias"),
     "bias": ({f"{Q}.bias": A[0]}, "1 tensors that the model has no place for: .*q_proj.bias"),
-    "unknown": ({"base_model.model.model.x.lora_A.weight": A, "base_model.model.model.x.lora_B.weight": B}, "2 tensors"),
+    "unknown": (
+        {"base_model.model.model.x.lora_A.weight": A, "base_model.model.model.x.lora_B.weight": B},
+        "2 tensors",
+    ),
     "one factor": ({f"{Q.replace('q_', 'k_')}.lora_A.weight": A}, "without the other factor"),
     "no common rank": (
         {f"{Q.replace('q_', 'k_')}.lora_A.weight": A, f"{Q.replace('q_', 'k_')}.lora_B.weight": B[:, :3]},
