@@ -6,6 +6,7 @@ import math
 
 import ml_dtypes
 import numpy as np
+import PIL.Image
 import pytest
 import safetensors.numpy
 import tokenizers
@@ -208,8 +209,7 @@ def test_phantom_with_a_tokenizer(tmp_path):
     assert changed.reason == f"rows {count} to {count + 19} dropped, they are of no token; 9 rows of new tokens added"
     embedding = np.asarray(checkpoint.params["language_model"]["embedding"])
     assert embedding[:count].tobytes() == weights["model.embed_tokens.weight"][:count].tobytes()
-    image = np.zeros((28, 28, 3), np.uint8)
-    prompt = processor.encode_prompt("what is it", [image])
+    prompt = processor.encode_prompt("what is it", [PIL.Image.new("RGB", (28, 28))])
     assert np.sum(prompt.token_ids == count + 2) == 4
     assert prompt.token_ids.max() < count + 9
     text, _ = parent(tmp_path / "other", QWEN2)
