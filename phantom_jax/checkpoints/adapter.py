@@ -1,0 +1,173 @@
+"""Low-rank adapters at rest, and what a model becomes with one.
+
+An adapter changes a kernel W of ours, its input axes flattened and its output axes flattened, into W + s A B with
+A [in, r], B [r, out] and s = alpha / r (Hu et al., arXiv 2106.09685), or alpha / sqrt(r) where the rank is stabilised
+(Kalajdzievski, arXiv 2312.03732).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from phantom_jax.checkpoints import hf, hf_config
+from phantom_jax.checkpoints.arrays import Box, StoredArray, cast
+from phantom_jax.errors import InputError
+from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.ops.quantize import QuantizedTensor
+from phantom_jax.trees import flatten, unflatten
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The change of one kernel, or of one kernel of every layer.
+
+    Attributes:
+      a: [layers, *in, r], in the kernel's own input axes; without the first axis for a kernel outside the layers.
+      b: [layers, r, *out].
+      ranks: of each layer, r the largest of them; what a layer has beyond its own rank is not read. 0: the layer is not
+        adapted. One number for a kernel outside the layers.
+      alphas: of each layer.
+    """
+
+    a: Any
+    b: Any
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What training on top of a frozen model gives.
+
+    Attributes:
+      config: of the model that it adapts.
+      published: the outside layout of that model; PEFT's names follow from it.
+      tokens: special ids of that model.
+      low_rank: by path of the kernel, `params/language_model/layers/attention/query/kernel`.
+      others: parameters that were trained in full, by path, in their form in the model.
+      dropout: on the input of A, in training.
+      rank_stabilized: whether the update is scaled by alpha / sqrt(r).
+      base: name or folder of that model, for whoever loads the adapter elsewhere; empty where it is not known.
+      template: name of the conversation template that it was trained with; None where it is not known.
+      naming: PEFT's names that it came with, one of `adapter_names.NAMINGS`; None for the default ones.
+      settings: the `adapter_config.json` that it came with.
+      dropped: tensors that were left out because they change nothing: LoRA that leaked into the vision tower.
+    """
+
+    config: VisionLanguageConfig
+    published: hf_config.Published
+    tokens: hf_config.TokenIds
+    low_rank: Mapping[str, LowRank]
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    base: str = ""
+    template: str | None = None
+    naming: str | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """The factor s of a layer; 0 without a rank."""
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank) if rank else 0.0
+
+    @property
+    def size(self) -> int:
+        """Numbers in it, without the padding of layers that have a lower rank than others."""
+        count = sum(leaf.size for leaf in self.others.values())
+        for change in self.low_rank.values():
+            each = (change.a.size + change.b.size) // (len(change.ranks) * max(change.ranks))
+            count += each * sum(change.ranks)
+        return count
+
+    def check(self, where: str) -> None:
+        """Compares the shapes with those of the model that it is for; `where` names the source in the error.
+
+        Raises:
+          InputError: one does not fit.
+        """
+        shapes = hf.shapes(self.config)
+        for path, array in self.others.items():
+            if tuple(array.shape) != shapes.get(path):
+                raise InputError(f"{where} holds {path} as {list(array.shape)}, the model has {shapes.get(path)}")
+        for path, change in self.low_rank.items():
+            stacked = in_layers(path)
+            lead, a, b = shapes.get(path, ())[:stacked], tuple(change.a.shape), tuple(change.b.shape)
+            product = (*a[:-1], *b[stacked + 1 :])
+            layers = lead[0] if lead else 1
+            if (
+                product != shapes.get(path)
+                or (*lead, a[-1]) != b[: stacked + 1]
+                or not len(change.ranks) == len(change.alphas) == layers
+                or a[-1] != max(change.ranks)
+            ):
+                raise InputError(
+                    f"{where} holds factors {list(a)} and {list(b)} of ranks {change.ranks} for {path}, which is "
+                    f"{shapes.get(path)} in the model"
+                )
+
+
+def in_layers(path: str) -> bool:
+    """Whether the parameter's first axis counts layers."""
+    return "/layers/" in path
+
+
+def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
+    """The base with the adapter worked in; nothing is computed until a part of a kernel is asked for.
+
+    Kernels are summed in float32 and rounded once, to the base's dtype.
+
+    Args:
+      base: of 16 or 32 bits. An adapter that was trained on a quantised model belongs on the weights before that.
+      adapter: for a model of the same shape.
+
+    Raises:
+      InputError: the base is quantised, or the adapter is for another model.
+    """
+    flat = flatten({"params": base.params, "unused": base.unused})
+    if any(isinstance(leaf, QuantizedTensor) for leaf in flat.values()):
+        raise InputError("the base is quantised: merge into the 16-bit model that it was made from")
+    shapes = hf.shapes(adapter.config)
+    touched = [*adapter.low_rank, *adapter.others]
+    unfit = [path for path in touched if path not in flat or tuple(flat[path].shape) != shapes[path]]
+    if unfit:
+        path = unfit[0]
+        found = list(flat[path].shape) if path in flat else "absent"
+        raise InputError(
+            f"the adapter is for another model: {len(unfit)} of its {len(touched)} parameters do not fit, {path} is "
+            f"{list(shapes[path])} there and {found} here. Give the model that it was trained on"
+            + (f", {adapter.base}" if adapter.base else "")
+        )
+    for path, change in adapter.low_rank.items():
+        scalings = [
+            adapter.scaling(*pair) if pair[0] else 0.0 for pair in zip(change.ranks, change.alphas, strict=True)
+        ]
+        flat[path] = _changed(flat[path], change, scalings, in_layers(path))
+    for path, whole in adapter.others.items():
+        flat[path] = cast(whole, flat[path].dtype)
+    trees = unflatten(flat)
+    return dataclasses.replace(base, params=trees["params"], unused=trees.get("unused", {}))
+
+
+def _changed(kernel: Any, change: LowRank, scalings: list[float], stacked: bool) -> StoredArray:
+    inputs = len(change.a.shape) - 1 - stacked
+
+    def read(box: Box) -> np.ndarray:
+        whole = np.asarray(kernel[box]).astype(np.float32)
+        axes = box[stacked:]
+        for place, layer in enumerate(range(box[0].start, box[0].stop) if stacked else (0,)):
+            rank = slice(0, change.ranks[layer])
+            if not rank.stop:
+                continue
+            lead = (layer,) if stacked else ()
+            a = np.asarray(change.a[(*lead, *axes[:inputs], rank)]).astype(np.float32)
+            b = np.asarray(change.b[(*lead, rank, *axes[inputs:])]).astype(np.float32)
+            part = whole[place] if stacked else whole
+            product = a.reshape(-1, rank.stop) @ b.reshape(rank.stop, -1)
+            part += (scalings[layer] * product).reshape(part.shape)
+        return whole.astype(kernel.dtype)
+
+    return StoredArray(kernel.shape, kernel.dtype, read, getattr(kernel, "block_axis", 0))
