@@ -50,7 +50,7 @@ def summary(entries: Iterable[Entry]) -> str:
     for action, counts in reasons.items():
         if not counts:
             continue
-        said = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason and action != "kept")
+        said = ", ".join(f"{reason}: {count}" for reason, count in counts.items() if reason and action != "kept")
         parts.append(f"{counts.total()} {action}" + (f" ({said})" if said else ""))
     return "tensors: " + ("; ".join(parts) or "none")
 
