@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from phantom_jax import cli, conversion
+from phantom_jax import cli, conversion, verification
 from phantom_jax.checkpoints import model_folder
 from phantom_jax.errors import InputError
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,8 +122,8 @@ def shapes(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
 
 def load(
     directory: str | os.PathLike[str],
-    files: TensorFiles | None = None,
     *,
+    open_files: Callable[[pathlib.Path], TensorFiles] = TensorFiles.of_folder,
     dtype: Any = None,
     tower: tuple[VisionTowerConfig, Mapping[str, Any]] | None = None,
 ) -> Checkpoint:
@@ -131,7 +131,7 @@ def load(
 
     Args:
       directory: with `config.json`.
-      files: its tensors; None opens the safetensors of the folder.
+      open_files: opens its weights.
       dtype: of all arrays; None leaves each as it is stored.
       tower: config and arrays by path of the vision tower of an original LLaVA that leaves it out.
 
@@ -141,9 +141,9 @@ def load(
     directory = pathlib.Path(directory)
     vision_path = directory / "vision_config.json"
     vision_config = read_json(vision_path) if vision_path.is_file() else None
-    files = TensorFiles.of_folder(directory) if files is None else files
     content = read_json(directory / "config.json")
     config, published, tokens = hf_config.read(content, vision_config, None if tower is None else tower[0])
+    files = open_files(directory)
     generation = directory / "generation_config.json"
     inside = published.format != "llava-original" or any(names.TOWER in name for name in files.names())
     published = dataclasses.replace(

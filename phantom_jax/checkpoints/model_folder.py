@@ -64,9 +64,8 @@ def read(
             )
         opened = functools.partial(open_tensors, scratch=scratch)
         tower = None if vision is None else read_vision_tower(vision, open_files=opened)
-        checkpoint = hf.load(
-            directory, opened(directory), dtype=dtype, tower=None if tower is None else (tower.config, tower.arrays)
-        )
+        parts = None if tower is None else (tower.config, tower.arrays)
+        checkpoint = hf.load(directory, open_files=opened, dtype=dtype, tower=parts)
         if tower is not None:
             checkpoint = dataclasses.replace(checkpoint, entries=(*checkpoint.entries, *tower.entries))
     else:
