@@ -1,10 +1,12 @@
 """Reading and writing Hugging Face directories: config.json and safetensors, never a pickle."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,18 +108,19 @@ def table(config: VisionLanguageConfig, published: hf_config.Published) -> list[
     return names.llava_original_table(config, tower=published.tower_inside)
 
 
-def shapes(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def shapes(config: VisionLanguageConfig) -> Mapping[str, tuple[int, ...]]:
     """Shapes of all parameters by path, the unused ones of a CLIP tower included."""
     used = {path: leaf.shape for path, leaf in flatten({"params": parameter_shapes(config)}).items()}
     if not config.vision_tower.pre_norm:
-        return used
+        return types.MappingProxyType(used)
     prefix, unused = "params/vision_tower/layers/", {}
     for path, shape in used.items():
         if path.startswith(prefix) and config.vision_tower.unused_layers:
             unused["unused" + path.removeprefix("params")] = (config.vision_tower.unused_layers, *shape[1:])
     for name in ("scale", "bias"):
         unused[f"unused/vision_tower/final_norm/{name}"] = (config.vision_tower.embed_dim,)
-    return used | unused
+    return types.MappingProxyType(used | unused)
 
 
 def load(
