@@ -105,11 +105,15 @@ NOT_FITTING = {
     "gap": ({"added_tokens": {"<x>": 950}}, "'<x>' the id 950, with this vocabulary it has 900"),
     "two ids": (decoder("901", "<s>"), "'<s>' the id 901, with this vocabulary it has 1"),
     "an ordinary piece": (decoder("300", "<x>"), "token '<x>' is given id 300, which is the piece"),
-    "two names": ({**decoder("900", "<x>"), "added_tokens": {"<y>": 900}}, "id 900 is '<y>' in added.* '<x>' in"),
+    "two names": ({**decoder("900", "<x>"), "added_tokens": {"<y>": 900}}, "^id 900 is '<y>' in added.* '<x>' in"),
     "no number": ({"added_tokens": {"<x>": "one"}}, "does not list tokens and their ids"),
     "no content": ({"tokenizer_config": {"added_tokens_decoder": {"900": {}}}}, "does not list tokens and their ids"),
     "a list": ({"tokenizer_config": {"added_tokens_decoder": ["<x>"]}}, "does not list tokens and their ids"),
     "negative": ({"added_tokens": {"<x>": -1}}, "'<x>'.* id -1"),
+    "no list": (
+        {"special_tokens_map": {"additional_special_tokens": "<x>"}},
+        "additional_special_tokens='<x>': .* list",
+    ),
     "no object": ({"added_tokens": [1]}, "added_tokens.json holds list, not a JSON object"),
 }
 
