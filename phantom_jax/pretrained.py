@@ -208,15 +208,15 @@ def load(
     Args:
       path: the folder.
       dtype: of the computation; by default that of the embedding as stored, bfloat16 for float16.
-      template: name of the conversation template; by default the one that was saved with the model, for a published
-        Phantom that of its language model, for a published LLaVA `vicuna_v1`.
+      template: name of the conversation template of a published folder; by default for a Phantom that of its language
+        model, for a LLaVA `vicuna_v1`. A folder that was saved with a template takes no other one.
       quantize: `int8` or `nf4`, for the weights of the language model's layers; None leaves them as they are.
       int8_cache: keep keys and values of past tokens in 8 bits, each head with a scale of its own.
       mesh: sizes of mesh axes over which weights and cache are split, {"tensor": 8} for instance; None: one device.
 
     Raises:
-      InputError: there is no model in the folder, it is not complete, or there is no such template, quantisation or
-        mesh.
+      InputError: there is no model in the folder, it is not complete, it has another template, or there is no such
+        template, quantisation or mesh.
     """
     devices = None if mesh is None else _decoding_mesh(mesh)
     if quantize is not None:

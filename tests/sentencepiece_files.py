@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import pathlib
 import random
 
@@ -60,3 +61,33 @@ def texts(count: int, seed: int = 0) -> list[str]:
         return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(20))
 
     return ["", " ", "  a  ", *(text() for _ in range(count))]
+
+
+INTERNVL = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+
+
+def write(directory, content=None, **files):
+    """A folder with a tokenizer.model and JSON files."""
+    if content is not None:
+        (directory / "tokenizer.model").write_bytes(content)
+    for name, value in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(value))
+    return directory
+
+
+def internlm2(directory, **changes):
+    """As InternLM2-chat and Phantom publish it: placeholders at the end of the file, renamed beside it."""
+    content = train(user_defined_symbols="[UNUSED_TOKEN_145],[UNUSED_TOKEN_146]", vocab_size=901)
+    size = sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size()
+    # SentencePiece itself puts them first.
+    markers = {"3": {"content": "<|im_end|>", "special": True}, "4": {"content": "<|im_start|>", "special": True}}
+    config = {
+        "tokenizer_class": "InternLM2Tokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        "added_tokens_decoder": markers,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>", *INTERNVL],
+        "bos_token": "<s>",
+        **changes,
+    }
+    added = {token: size + number for number, token in enumerate(INTERNVL)}
+    return write(directory, content, tokenizer_config=config, added_tokens=added), size

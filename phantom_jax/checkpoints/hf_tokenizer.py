@@ -16,7 +16,7 @@ from phantom_jax.errors import InputError
 _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
-_FLAGS = ("single_word", "lstrip", "rstrip", "special")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
@@ -72,7 +72,10 @@ def _named(config: Mapping[str, Any]) -> dict[str, str]:
     found = {key: _content(value) for key, value in config.items() if key.endswith("_token")}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(key) or []
-        for number, token in enumerate(more.values() if isinstance(more, Mapping) else more):
+        more = list(more.values()) if isinstance(more, Mapping) else more
+        if not isinstance(more, list):
+            raise InputError(f"{_CONFIG} or {_SPECIAL} has {key}={more!r}: it must be a list of tokens")
+        for number, token in enumerate(more):
             found[f"{key} {number}"] = _content(token)
     return {key: content for key, content in found.items() if isinstance(content, str) and content}
 
@@ -82,22 +85,24 @@ def _added_tokens(
 ) -> dict[int, tokenizers.AddedToken]:
     """All added tokens whose id a file gives."""
     special = set(special)
-    added: dict[int, AddedToken] = {}
     try:
-        for content, token_id in ids.items():
-            added[int(token_id)] = AddedToken(content, special=content in special, normalized=False)
-        for key, token in (config.get("added_tokens_decoder") or {}).items():
-            flags = {flag: bool(token.get(flag, False)) for flag in _FLAGS}
-            before = added.get(int(key))
-            if before is not None and before.content != token["content"]:
-                raise InputError(
-                    f"id {key} is {before.content!r} in {_ADDED} and {token['content']!r} in {_CONFIG}: take both "
-                    "files from one folder"
-                )
-            added[int(key)] = AddedToken(token["content"], normalized=bool(token.get("normalized", False)), **flags)
+        plain = {
+            int(token_id): AddedToken(token, normalized=False, special=token in special)
+            for token, token_id in ids.items()
+        }
+        flagged = {
+            int(token_id): AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in _FLAGS})
+            for token_id, token in (config.get("added_tokens_decoder") or {}).items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{_ADDED} or {_CONFIG} does not list tokens and their ids ({error!r})") from error
-    return dict(sorted(added.items()))
+    for token_id in plain.keys() & flagged.keys():
+        if plain[token_id].content != flagged[token_id].content:
+            raise InputError(
+                f"id {token_id} is {plain[token_id].content!r} in {_ADDED} and {flagged[token_id].content!r} in "
+                f"{_CONFIG}: take both files from one folder"
+            )
+    return dict(sorted({**plain, **flagged}.items()))
 
 
 def _add(tokenizer: tokenizers.Tokenizer, added: Mapping[int, AddedToken], directory: pathlib.Path) -> None:

@@ -67,7 +67,7 @@ def to_jinja(template: Template, tokenizer: tokenizers.Tokenizer, *, image: str)
         "{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}",
         "{%- endif -%}",
         _print(template.answer_end),
-        "{%- if not loop.last -%}" + _print(template.turn_end) + "{%- endif -%}",
+        "{%- if not loop.last -%}" + _print(template.turn_end) + "{%- endif -%}" if template.turn_end else "",
         "{%- endif -%}",
         "{%- endfor -%}",
     ]

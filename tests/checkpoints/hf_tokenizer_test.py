@@ -10,37 +10,8 @@ from phantom_jax.data.conversation import TEMPLATES
 from phantom_jax.data.tokenizer import SPECIAL_TOKENS
 from phantom_jax.errors import InputError
 from phantom_jax.processor import Processor
-from tests.sentencepiece_files import texts, train
+from tests.sentencepiece_files import INTERNVL, internlm2, texts, train, write
 from tests.tiny_tokenizers import byte_level
-
-INTERNVL = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
-
-
-def write(directory, content=None, **files):
-    """A folder with a tokenizer.model and JSON files."""
-    if content is not None:
-        (directory / "tokenizer.model").write_bytes(content)
-    for name, value in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(value))
-    return directory
-
-
-def internlm2(directory, **changes):
-    """As InternLM2-chat and Phantom publish it: placeholders at the end of the file, renamed beside it."""
-    content = train(user_defined_symbols="[UNUSED_TOKEN_145],[UNUSED_TOKEN_146]", vocab_size=901)
-    size = sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size()
-    # SentencePiece itself puts them first.
-    markers = {"3": {"content": "<|im_end|>", "special": True}, "4": {"content": "<|im_start|>", "special": True}}
-    config = {
-        "tokenizer_class": "InternLM2Tokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
-        "added_tokens_decoder": markers,
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>", *INTERNVL],
-        "bos_token": "<s>",
-        **changes,
-    }
-    added = {token: size + number for number, token in enumerate(INTERNVL)}
-    return write(directory, content, tokenizer_config=config, added_tokens=added), size
 
 
 def test_internlm2(tmp_path):
@@ -105,11 +76,15 @@ NOT_FITTING = {
     "gap": ({"added_tokens": {"<x>": 950}}, "'<x>' the id 950, with this vocabulary it has 900"),
     "two ids": (decoder("901", "<s>"), "'<s>' the id 901, with this vocabulary it has 1"),
     "an ordinary piece": (decoder("300", "<x>"), "token '<x>' is given id 300, which is the piece"),
-    "two names": ({**decoder("900", "<x>"), "added_tokens": {"<y>": 900}}, "id 900 is '<y>' in added.* '<x>' in"),
+    "two names": ({**decoder("900", "<x>"), "added_tokens": {"<y>": 900}}, "^id 900 is '<y>' in added.* '<x>' in"),
     "no number": ({"added_tokens": {"<x>": "one"}}, "does not list tokens and their ids"),
     "no content": ({"tokenizer_config": {"added_tokens_decoder": {"900": {}}}}, "does not list tokens and their ids"),
     "a list": ({"tokenizer_config": {"added_tokens_decoder": ["<x>"]}}, "does not list tokens and their ids"),
     "negative": ({"added_tokens": {"<x>": -1}}, "'<x>'.* id -1"),
+    "no list": (
+        {"special_tokens_map": {"additional_special_tokens": "<x>"}},
+        "additional_special_tokens='<x>': .* list",
+    ),
     "no object": ({"added_tokens": [1]}, "added_tokens.json holds list, not a JSON object"),
 }
 

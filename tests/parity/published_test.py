@@ -19,7 +19,7 @@ from phantom_jax.checkpoints.special_tokens import for_format, phantom_tokenizer
 from phantom_jax.data.conversation import TEMPLATES
 from phantom_jax.data.sentencepiece_model import make_tokenizer, parse
 from phantom_jax.processor import CLIP_MEAN, CLIP_STD, Processor
-from tests.sentencepiece_files import texts, train
+from tests.sentencepiece_files import internlm2, texts, train
 from tests.tiny_tokenizers import byte_level, llama
 
 LLAVA = ("vicuna_v1", "llava_v1", "llava_llama_2", "llama_2", "plain")
@@ -232,3 +232,21 @@ def test_sentencepiece_folders_of_llama(legacy, tmp_path):
             assert ours.encode(marked).ids == theirs(marked)["input_ids"], repr(marked)
             compared += 1
     assert compared > 600
+
+
+def test_internlm2_from_its_model_file(golden, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir(), target.mkdir()
+    internlm2(source)
+    ours = Processor(read_tokenizer(source), TEMPLATES["internlm2"], 28, 6, 1, 4096)
+    publish(ours, target, "phantom", golden)
+    theirs = transformers.AutoTokenizer.from_pretrained(target, local_files_only=True)
+    assert len(theirs) == ours.tokenizer.get_vocab_size()
+    turns = [("<image>What is  it? 猫", "A cat. 😀"), ("Why?", None)]
+    ids = theirs.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False)
+    assert ids == ours.encode_conversation(turns, [1]).token_ids.tolist()
+    for text in texts(200):
+        assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids
+        ids = theirs.apply_chat_template(messages([(text, None)]), add_generation_prompt=True, return_dict=False)
+        if not any(token in text for token in ("<unk>", "<s>", "</s>")):
+            assert ids == ours.encode_prompt(text).token_ids.tolist()
