@@ -90,6 +90,8 @@ class Adapter:
           InputError: one does not fit.
         """
         shapes = hf.shapes(self.config)
+        if not self.low_rank and not self.others:
+            raise InputError(f"{where} changes nothing: it holds neither low-rank factors nor whole parameters")
         for path, array in self.others.items():
             if tuple(array.shape) != shapes.get(path):
                 raise InputError(f"{where} holds {path} as {list(array.shape)}, the model has {shapes.get(path)}")
@@ -130,17 +132,16 @@ def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
     flat = flatten({"params": base.params, "unused": base.unused})
     if any(isinstance(leaf, QuantizedTensor) for leaf in flat.values()):
         raise InputError("the base is quantised: merge into the 16-bit model that it was made from")
-    shapes = hf.shapes(adapter.config)
-    touched = [*adapter.low_rank, *adapter.others]
-    unfit = [path for path in touched if path not in flat or tuple(flat[path].shape) != shapes[path]]
-    if unfit:
-        path = unfit[0]
-        found = list(flat[path].shape) if path in flat else "absent"
-        raise InputError(
-            f"the adapter is for another model: {len(unfit)} of its {len(touched)} parameters do not fit, {path} is "
-            f"{list(shapes[path])} there and {found} here. Give the model that it was trained on"
-            + (f", {adapter.base}" if adapter.base else "")
-        )
+    adapter.check("the adapter")
+    touched = {*adapter.low_rank, *adapter.others}
+    for path, shape in hf.shapes(adapter.config).items():
+        if path in touched or path.startswith(("params/language_model/", "params/projector/")):
+            found = tuple(flat[path].shape) if path in flat else None
+            if found != shape:
+                raise InputError(
+                    f"the adapter is for another model: {path} is {shape} there and {found or 'absent'} here. Give the "
+                    f"model that it was trained on{', ' + adapter.base if adapter.base else ''}"
+                )
     for path, change in adapter.low_rank.items():
         scalings = [
             adapter.scaling(*pair) if pair[0] else 0.0 for pair in zip(change.ranks, change.alphas, strict=True)

@@ -45,6 +45,22 @@ def _model_config(content: Mapping[str, Any]) -> VisionLanguageConfig:
     )
 
 
+def description(config: VisionLanguageConfig, published: Published, tokens: TokenIds) -> dict[str, Any]:
+    """What a model is, for a JSON file."""
+    parts = {"model": config, "published": published, "tokens": tokens}
+    return {name: dataclasses.asdict(part) for name, part in parts.items()}
+
+
+def described(content: Mapping[str, Any], where: pathlib.Path) -> tuple[VisionLanguageConfig, Published, TokenIds]:
+    """The inverse of `description`; `where` names the file in errors."""
+    try:
+        config = _model_config(content["model"])
+        tokens = TokenIds(**{**content["tokens"], "eos": tuple(content["tokens"]["eos"])})
+        return config, Published(**content["published"]), tokens
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} does not describe a model: {error}. Save it again") from error
+
+
 def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     """Writes a checkpoint into an existing directory, block by block."""
     directory = pathlib.Path(directory).absolute()
@@ -52,9 +68,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     flat, quantization = split_fields(flatten(trees))
     content = {
         "schema_version": _SCHEMA,
-        "model": dataclasses.asdict(checkpoint.config),
-        "published": dataclasses.asdict(checkpoint.published),
-        "tokens": dataclasses.asdict(checkpoint.tokens),
+        **description(checkpoint.config, checkpoint.published, checkpoint.tokens),
         "quantization": quantization,
     }
     (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -79,12 +93,7 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
             f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
             f"{_SCHEMA}: use the version of phantom_jax that wrote it"
         )
-    try:
-        config = _model_config(content["model"])
-        tokens = TokenIds(**{**content["tokens"], "eos": tuple(content["tokens"]["eos"])})
-        published = Published(**content["published"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{directory / CONFIG} does not describe a model: {error}. Save the model again") from error
+    config, published, tokens = described(content, directory / CONFIG)
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
     expected, quantization = shapes(config), content.get("quantization")

@@ -105,8 +105,8 @@ def _sort_out(keys: list[Key], files: TensorFiles, where: str) -> tuple[Pairs, d
     for module, pair in pairs.items():
         if len(pair) < 2:
             raise InputError(f"{where} holds {next(iter(pair.values()))} without the other factor of {module}")
-        (rank, _), (_, again) = a, b = files.shape(pair["A"])[:2], files.shape(pair["B"])[-2:]
-        if rank != again or not rank:
+        a, b = files.shape(pair["A"]), files.shape(pair["B"])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
             raise InputError(f"{where} holds for {module} factors of shapes {a} and {b}, which have no common rank")
     return pairs, whole
 

@@ -47,7 +47,9 @@ def write(adapter: Adapter, directory: pathlib.Path) -> None:
     known = adapter.naming is not None and NAMINGS[adapter.naming][0] == layout
     table = rows(adapter.config, adapter.published.language_model, adapter.naming if known else layout)
     shapes = hf.shapes(adapter.config)
-    packed = [pack(adapter, linear, layer, shapes) for linear in linears(table) for layer in range(len(linear.modules()))]
+    packed = [
+        pack(adapter, linear, layer, shapes) for linear in linears(table) for layer in range(len(linear.modules()))
+    ]
     modules = [module for module, _ in packed]
     settings = _DEFAULTS | (dict(adapter.settings) if known else {})
     if "r" not in settings or not peft_config.describes(settings, modules):
@@ -95,18 +97,9 @@ def _others(adapter: Adapter, table: Sequence[names.Row]) -> Iterator[Tensor]:
 
 
 def _modules_to_save(table: Sequence[names.Row], trained: set[str]) -> list[str]:
-    """The largest modules all of whose parameters were trained: PEFT keeps modules, not parameters."""
-    parameters = [name for row in table for name in row.names()]
-    found = set()
-    for name in sorted(trained):
-        parts = name.split(".")
-        modules = [".".join(parts[:count]) for count in range(1, len(parts))]
-        whole = [
-            module
-            for module in modules
-            if all(other in trained for other in parameters if other.startswith(module + "."))
-        ]
-        if not whole:
-            raise InputError(f"{name} was trained in full, but not all of its module: PEFT has no form for that")
-        found.add(whole[0])
-    return sorted(found)
+    """The modules of parameters that were trained: PEFT keeps modules, not parameters."""
+    modules = {name.rpartition(".")[0] for name in trained}
+    absent = {name for row in table for name in row.names() if name.rpartition(".")[0] in modules} - trained
+    if absent:
+        raise InputError(f"{', '.join(sorted(absent))} would have to be trained in full too: PEFT keeps whole modules")
+    return sorted(modules)

@@ -176,7 +176,8 @@ def test_whole_modules_beside_the_factors(golden, tmp_path):
         "lm_head",
         "model.language_model.embed_tokens",
         *(f"model.language_model.layers.{layer}.input_layernorm" for layer in range(3)),
-        "model.multi_modal_projector",
+        "model.multi_modal_projector.linear_1",
+        "model.multi_modal_projector.linear_2",
     ]
 
 
@@ -269,6 +270,15 @@ def test_packed_kernels_have_one_scale(golden, tmp_path):
         write(adapter, tmp_path / "peft")
 
 
+def test_peft_keeps_whole_modules(golden, tmp_path):
+    checkpoint = hf.load(golden / "llava-hf")
+    kernel = {"params/projector/linear_1/kernel": checkpoint.params["projector"]["linear_1"]["kernel"]}
+    adapter = dataclasses.replace(trained(checkpoint, {"up": 2}), others=kernel)
+    with pytest.raises(InputError, match=r"linear_1.bias would have to be trained in full too"):
+        write(adapter, tmp_path / "peft")
+    write(adapter, tmp_path / "ours", "ours")
+
+
 def test_names_are_those_that_vllm_maps(golden, tmp_path):
     """vLLM strips `base_model.model.`, moves `model.language_model.` and takes modules by their last part. It takes
     neither whole modules nor patterns."""
@@ -324,7 +334,7 @@ def test_a_part_of_a_merged_kernel_is_that_part(golden):
 def test_merging_refuses(golden):
     checkpoint = hf.load(golden / "phantom-1.8b")
     adapter = trained(checkpoint, {"attention/query": 4})
-    with pytest.raises(InputError, match="the adapter is for another model: 1 of its 1 parameters"):
+    with pytest.raises(InputError, match=r"another model: params/language_model/.* Give the model .*, some/base"):
         merge(hf.load(golden / "llava-hf"), dataclasses.replace(adapter, base="some/base"))
     layers = checkpoint.params["language_model"]["layers"]
     layers["up"]["kernel"] = quantize(jnp.asarray(np.asarray(layers["up"]["kernel"])), "int8", inputs=1)
@@ -388,7 +398,10 @@ WRONG_TENSORS = {
     "dora": ({f"{Q}.lora_magnitude_vector.weight": A[0]}, "DoRA"),
     "bias of B": ({f"{Q}.lora_B.bias": A[0]}, "LoRA with a bias"),
     "bias": ({f"{Q}.bias": A[0]}, "1 tensors that the model has no place for: .*q_proj.bias"),
-    "unknown": ({"base_model.model.model.x.lora_A.weight": A, "base_model.model.model.x.lora_B.weight": B}, "2 tensors"),
+    "unknown": (
+        {"base_model.model.model.x.lora_A.weight": A, "base_model.model.model.x.lora_B.weight": B},
+        "2 tensors",
+    ),
     "one factor": ({f"{Q.replace('q_', 'k_')}.lora_A.weight": A}, "without the other factor"),
     "no common rank": (
         {f"{Q.replace('q_', 'k_')}.lora_A.weight": A, f"{Q.replace('q_', 'k_')}.lora_B.weight": B[:, :3]},
@@ -442,7 +455,7 @@ def test_folders_that_hold_no_adapter(golden, tmp_path):
     ("change", "message"),
     [
         ({"schema_version": 99}, "schema_version=99"),
-        ({"low_rank": {}}, "no adapter"),
+        ({"low_rank": {}}, "changes nothing"),
         ({"low_rank": {"params/language_model/layers/up/kernel": {"ranks": [2]}}}, "does not fit params/"),
         ({"low_rank": {"params/language_model/layers/up/kernel": {"ranks": [2], "alphas": [4]}}}, "ranks"),
         ({"model": {}}, "does not describe a model"),
