@@ -74,7 +74,7 @@ evaluate() {
 
 convert() {
   # Written anew each time; what else may be called hf in a folder of the user's stays.
-  if [[ -e "$folder/hf" && ! -f "$folder/hf/processor_config.json" ]]; then
+  if [[ -e "$folder/hf" && ! -f "$folder/hf/phantom_jax_processor.json" ]]; then
     fail "$folder/hf exists and is no exported model; move it away, or give another folder."
   fi
   rm -rf "$folder/hf"

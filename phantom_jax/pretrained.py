@@ -18,6 +18,7 @@ from phantom_jax.checkpoints.arrays import layer_of, stack
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.hf_config import FORMATS, Published, TokenIds, publish
 from phantom_jax.checkpoints.hf_processor import load_processor
+from phantom_jax.checkpoints.published_processor import save_published
 from phantom_jax.checkpoints.tensor_files import read_json
 from phantom_jax.data.conversation import Turn
 from phantom_jax.data.stop_strings import check_stops
@@ -154,7 +155,7 @@ class VisionLanguage:
 
     def _processor(self) -> Processor:
         if self.processor is None:
-            raise InputError("the model has no tokenizer: load a folder with processor_config.json and tokenizer files")
+            raise InputError("the model has no tokenizer: load a folder with tokenizer files")
         return self.processor
 
     @property
@@ -328,6 +329,8 @@ def write(
             hf.save(_as_format(checkpoint, format), scratch)
         if processor is not None:
             processor.save(scratch)
+            if format != "ours":
+                save_published(processor, scratch, layout=format, config=checkpoint.config)
         if target.exists():
             target.rmdir()
         scratch.chmod(0o755)

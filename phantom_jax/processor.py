@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -11,10 +12,10 @@ import numpy as np
 import tokenizers
 
 from phantom_jax.data import conversation, tiles
-from phantom_jax.data.conversation import Conversation, Template, Turn
+from phantom_jax.data.conversation import Conversation, Template, Turn, template_names
 from phantom_jax.data.runs import RunEncoder
 from phantom_jax.data.text import answer_text
-from phantom_jax.data.tokenizer import PAD, load_tokenizer, save_tokenizer, token_bytes
+from phantom_jax.data.tokenizer import TOKENIZER, load_tokenizer, pad_token, save_tokenizer, token_bytes
 from phantom_jax.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +23,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-CONFIG = "processor_config.json"
+CONFIG = "phantom_jax_processor.json"
+"""The name is our own: other libraries have a processor_config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,7 @@ class Processor:
 
     @property
     def pad_id(self) -> int:
-        pad = self.tokenizer.token_to_id(PAD)
-        return self.end_id if pad is None else pad
+        return self.tokenizer.token_to_id(pad_token(self.tokenizer) or self.template.end_token)
 
     @functools.cached_property
     def encoder(self) -> RunEncoder:
@@ -172,12 +173,16 @@ class Processor:
         return answer_text(token_ids, self.token_bytes, end_ids=(self.end_id,))
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the tokenizer in Hugging Face format, and processor_config.json."""
-        save_tokenizer(self.tokenizer, directory, end_of_answer=self.template.end_token)
+        """Writes the tokenizer in Hugging Face format, and phantom_jax_processor.json."""
+        save_tokenizer(
+            self.tokenizer, directory, end_of_answer=self.template.end_token, begin_of_text=self.template.begin
+        )
         config = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tokenizer"
         }
         config["template"] = dataclasses.asdict(self.template)
+        config["template_names"] = template_names(self.template)
+        config["tokenizer_sha256"] = _tokenizer_hash(directory)
         (pathlib.Path(directory) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -185,7 +190,7 @@ class Processor:
         """Reads what `save` wrote.
 
         Raises:
-          InputError: a file is missing or does not hold a processor.
+          InputError: a file is missing or does not hold a processor, or the tokenizer is another one than was saved.
         """
         path = pathlib.Path(directory) / CONFIG
         if not path.is_file():
@@ -194,6 +199,20 @@ class Processor:
             config = json.loads(path.read_text())
             config["template"] = Template(**config["template"])
             config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
-            return cls(tokenizer=load_tokenizer(directory), **config)
+            # They are there to be read.
+            del config["template_names"]
+            saved = config.pop("tokenizer_sha256")
+            tokenizer = load_tokenizer(directory)
+            found = _tokenizer_hash(directory)
+            if found != saved:
+                raise InputError(
+                    f"{pathlib.Path(directory) / TOKENIZER} is not the tokenizer that the model was saved with: its "
+                    f"SHA-256 is {found}, {path} says {saved}. Put the file back that was saved beside it."
+                )
+            return cls(tokenizer=tokenizer, **config)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} does not describe a processor: {error}. Save the model again.") from error
+            raise InputError(f"{path} does not describe a processor: {error!r}. Save the model again.") from error
+
+
+def _tokenizer_hash(directory: str | os.PathLike) -> str:
+    return hashlib.sha256((pathlib.Path(directory) / TOKENIZER).read_bytes()).hexdigest()

@@ -1,11 +1,13 @@
 """The processor: prompts, padding, decoding, saving, and input that it refuses."""
 
 import dataclasses
+import hashlib
 import io
 import json
 
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 from phantom_jax.data.conversation import TEMPLATES
@@ -159,13 +161,34 @@ def test_saving_and_loading(processor, tmp_path):
     np.testing.assert_array_equal(one.token_ids, other.token_ids)
 
 
+def test_another_tokenizer_beside_a_saved_processor_is_refused(processor, tmp_path):
+    processor.save(tmp_path)
+    other = tokenizers.Tokenizer.from_str(processor.tokenizer.to_str())
+    other.add_tokens(["more"])
+    saved = hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    other.save(str(tmp_path / "tokenizer.json"))
+    found = hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    with pytest.raises(InputError, match=f"SHA-256 is {found}, .*phantom_jax_processor.json says {saved}"):
+        Processor.load(tmp_path)
+
+
+def test_the_name_of_the_template_is_written(processor, tmp_path):
+    for template, names in (
+        (TEMPLATES["qwen2"], ["qwen2", "internlm2"]),
+        (dataclasses.replace(TEMPLATES["qwen2"], system="Be brief."), []),
+    ):
+        dataclasses.replace(processor, template=template).save(tmp_path)
+        config = json.loads((tmp_path / "phantom_jax_processor.json").read_text())
+        assert config["template_names"] == names
+
+
 def test_folders_without_a_processor_are_refused(processor, tmp_path):
-    with pytest.raises(InputError, match="There is no .*processor_config.json"):
+    with pytest.raises(InputError, match="There is no .*phantom_jax_processor.json"):
         Processor.load(tmp_path)
     processor.save(tmp_path)
-    path = tmp_path / "processor_config.json"
+    path = tmp_path / "phantom_jax_processor.json"
     config = json.loads(path.read_text())
-    for broken in ("{", json.dumps({**config, "size": 3}), json.dumps({"template": {}})):
+    for broken in ("{", json.dumps({**config, "size": 3}), json.dumps({"template": {}}), "[]"):
         path.write_text(broken)
         with pytest.raises(InputError, match="does not describe a processor"):
             Processor.load(tmp_path)

@@ -13,7 +13,7 @@ from flax.linen import meta
 from phantom_jax.checkpoints import hf_config, names
 from phantom_jax.checkpoints.arrays import Box, StoredArray, copy_into, layer_of
 from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, read_json
-from phantom_jax.checkpoints.tensor_writer import Tensor, write_folder
+from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_folder
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
 from phantom_jax.trees import flatten, unflatten
@@ -217,7 +217,7 @@ def check_rows(
     return derived
 
 
-def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
+def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `config.json` and safetensors in the checkpoint's published layout into an existing directory.
 
     Raises:
@@ -231,7 +231,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if beside is not None:
         (directory / "vision_config.json").write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
-    write_folder(directory, tensors)
+    write_folder(directory, tensors, shard_bytes)
 
 
 def published_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:

@@ -74,7 +74,7 @@ class TokenIds:
     pad: int = 0
 
 
-def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
+def need(config: Mapping[str, Any], key: str, where: str) -> Any:
     if config.get(key) is None:
         raise InputError(f"{where} has no {key!r}: the file is not complete, take it from the published checkpoint")
     return config[key]
@@ -111,26 +111,31 @@ def _read_rope(config: Mapping[str, Any], where: str) -> RopeConfig:
     )
 
 
-def _read_decoder(config: Mapping[str, Any], kind: str, phantom: PhantomConfig | None, where: str) -> DecoderConfig:
-    heads = _need(config, "num_attention_heads", where)
-    width = _need(config, "hidden_size", where)
+def read_decoder(config: Mapping[str, Any], kind: str, phantom: PhantomConfig | None, where: str) -> DecoderConfig:
+    heads = need(config, "num_attention_heads", where)
+    width = need(config, "hidden_size", where)
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     rope = _read_rope(config, where)
     if window and window < rope.max_length:
         raise InputError(f"{where} has sliding_window={window}: attention over a window is not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{where} has hidden_act={config['hidden_act']!r}: only silu is supported")
+    turned = config.get("partial_rotary_factor") or 1.0
+    if turned != 1.0:
+        raise InputError(
+            f"{where} has partial_rotary_factor={turned}: heads that are rotated in part are not supported"
+        )
     for key in ("attention_bias", "mlp_bias", "bias"):
         if config.get(key):
             raise InputError(f"{where} has {key}=true: decoders with these biases are not supported")
     return DecoderConfig(
-        vocab_size=_need(config, "vocab_size", where),
+        vocab_size=need(config, "vocab_size", where),
         embed_dim=width,
-        num_layers=_need(config, "num_hidden_layers", where),
+        num_layers=need(config, "num_hidden_layers", where),
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or width // heads,
-        mlp_dim=_need(config, "intermediate_size", where),
+        mlp_dim=need(config, "intermediate_size", where),
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         qkv_bias=kind == "qwen2",
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -182,15 +187,15 @@ def _write_decoder(config: DecoderConfig, kind: str, old: Mapping[str, Any]) -> 
 # ---- vision
 
 
-def _read_internvit(config: Mapping[str, Any]) -> VisionTowerConfig:
+def read_internvit(config: Mapping[str, Any]) -> VisionTowerConfig:
     where = "vision_config"
     return VisionTowerConfig(
-        embed_dim=_need(config, "hidden_size", where),
-        num_layers=_need(config, "num_hidden_layers", where),
-        num_heads=_need(config, "num_attention_heads", where),
-        mlp_dim=_need(config, "intermediate_size", where),
-        patch_size=_need(config, "patch_size", where),
-        image_size=_need(config, "image_size", where),
+        embed_dim=need(config, "hidden_size", where),
+        num_layers=need(config, "num_hidden_layers", where),
+        num_heads=need(config, "num_attention_heads", where),
+        mlp_dim=need(config, "intermediate_size", where),
+        patch_size=need(config, "patch_size", where),
+        image_size=need(config, "image_size", where),
         norm=config.get("norm_type", "layer_norm"),
         norm_epsilon=config.get("layer_norm_eps", 1e-6),
         activation=config.get("hidden_act", "gelu"),
@@ -199,19 +204,19 @@ def _read_internvit(config: Mapping[str, Any]) -> VisionTowerConfig:
     )
 
 
-def _read_clip(config: Mapping[str, Any], feature_layer: int) -> VisionTowerConfig:
+def read_clip(config: Mapping[str, Any], feature_layer: int) -> VisionTowerConfig:
     where = "the CLIP vision config"
-    layers = _need(config, "num_hidden_layers", where)
+    layers = need(config, "num_hidden_layers", where)
     computed = layers + 1 + feature_layer if feature_layer < 0 else feature_layer
     if not 0 < computed <= layers:
         raise InputError(f"vision feature layer {feature_layer} lies outside the tower's {layers} layers")
     return VisionTowerConfig(
-        embed_dim=_need(config, "hidden_size", where),
+        embed_dim=need(config, "hidden_size", where),
         num_layers=computed,
-        num_heads=_need(config, "num_attention_heads", where),
-        mlp_dim=_need(config, "intermediate_size", where),
-        patch_size=_need(config, "patch_size", where),
-        image_size=_need(config, "image_size", where),
+        num_heads=need(config, "num_attention_heads", where),
+        mlp_dim=need(config, "intermediate_size", where),
+        patch_size=need(config, "patch_size", where),
+        image_size=need(config, "image_size", where),
         norm_epsilon=config.get("layer_norm_eps", 1e-5),
         activation=config.get("hidden_act", "quick_gelu"),
         patch_bias=False,
@@ -280,7 +285,7 @@ def read(
         raise InputError(f"config.json does not describe a {layout} model that is supported: {error}") from error
 
 
-def _eos(*values: Any) -> tuple[int, ...]:
+def eos_ids(*values: Any) -> tuple[int, ...]:
     for value in values:
         if value is not None:
             return tuple(value) if isinstance(value, list | tuple) else (int(value),)
@@ -288,20 +293,20 @@ def _eos(*values: Any) -> tuple[int, ...]:
 
 
 def _read_phantom(config):
-    text = _need(config, "llm_config", "config.json")
+    text = need(config, "llm_config", "config.json")
     kind = text.get("model_type")
     if kind not in _ARCHITECTURES:
         by_architecture = {architecture: name for name, architecture in _ARCHITECTURES.items()}
         kind = by_architecture.get((text.get("architectures") or [None])[0])
     if kind is None:
         raise InputError(f"llm_config has model_type={text.get('model_type')!r}: use one of {list(_ARCHITECTURES)}")
-    vision = _read_internvit(_need(config, "vision_config", "config.json"))
-    decoder = _read_decoder(text, kind, PhantomConfig(), "llm_config")
+    vision = read_internvit(need(config, "vision_config", "config.json"))
+    decoder = read_decoder(text, kind, PhantomConfig(), "llm_config")
     shuffle = round(1 / config.get("downsample_ratio", 0.5))
     projector = ProjectorConfig("pixel_shuffle", vision.embed_dim, decoder.embed_dim, shuffle)
     tokens = TokenIds(
-        image=_need(config, "image_token_index", "config.json"),
-        eos=_eos(config.get("eos_token_id"), text.get("eos_token_id")),
+        image=need(config, "image_token_index", "config.json"),
+        eos=eos_ids(config.get("eos_token_id"), text.get("eos_token_id")),
         pad=next((c["pad_token_id"] for c in (config, text) if c.get("pad_token_id") is not None), 0),
     )
     return VisionLanguageConfig(vision, projector, decoder), Published("phantom", kind, config), tokens
@@ -309,7 +314,7 @@ def _read_phantom(config):
 
 def _read_llava_hf(config):
     # transformers leaves out of these what equals its own defaults.
-    text = {**_LLAMA_DEFAULTS, **_need(config, "text_config", "config.json")}
+    text = {**_LLAMA_DEFAULTS, **need(config, "text_config", "config.json")}
     if text.get("model_type", "llama") != "llama":
         raise InputError(f"text_config has model_type={text['model_type']!r}: only llama is supported in LLaVA")
     strategy = config.get("vision_feature_select_strategy", "default")
@@ -318,15 +323,15 @@ def _read_llava_hf(config):
     activation = config.get("projector_hidden_act", "gelu")
     if activation not in ("gelu", "linear"):
         raise InputError(f"projector_hidden_act={activation!r}: only 'gelu' and 'linear' are supported")
-    vision = _read_clip(_need(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2))
-    decoder = _read_decoder(text, "llama", None, "text_config")
+    vision = read_clip(need(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2))
+    decoder = read_decoder(text, "llama", None, "text_config")
     kind = "linear" if activation == "linear" else "mlp2x_gelu"
     projector = ProjectorConfig(kind, vision.embed_dim, decoder.embed_dim)
     image = config.get("image_token_index", config.get("image_token_id"))
     if image is None:
         raise InputError("config.json has no 'image_token_index': take it from the published checkpoint")
     pad = next((c["pad_token_id"] for c in (config, text) if c.get("pad_token_id") is not None), 0)
-    tokens = TokenIds(image, _eos(config.get("eos_token_id"), text.get("eos_token_id"), 2), pad)
+    tokens = TokenIds(image, eos_ids(config.get("eos_token_id"), text.get("eos_token_id"), 2), pad)
     return VisionLanguageConfig(vision, projector, decoder), Published("llava-hf", "llama", config), tokens
 
 
@@ -336,7 +341,7 @@ def _read_llava_original(config, vision_config):
         raise InputError(f"mm_vision_select_feature={feature!r}: only 'patch' (no class token) is supported")
     layer = config.get("mm_vision_select_layer", -2)
     if vision_config:
-        vision = _read_clip(vision_config.get("vision_config", vision_config), layer)
+        vision = read_clip(vision_config.get("vision_config", vision_config), layer)
     else:
         tower = str(config["mm_vision_tower"])
         if "clip-vit-large-patch14" not in tower or layer != -2:
@@ -344,14 +349,14 @@ def _read_llava_original(config, vision_config):
                 f"mm_vision_tower={tower!r} is not known here: put its vision_config.json beside config.json"
             )
         vision = zoo.clip_large(336 if "336" in tower else 224)
-    decoder = _read_decoder(config, "llama", None, "config.json")
+    decoder = read_decoder(config, "llama", None, "config.json")
     kind = config.get("mm_projector_type", "linear")
     if kind not in ("linear", "mlp2x_gelu"):
         raise InputError(f"mm_projector_type={kind!r}: linear and mlp2x_gelu are supported")
     projector = ProjectorConfig(kind, vision.embed_dim, decoder.embed_dim)
     # The original splices features in at a sentinel outside the vocabulary; on our side slots say where they go, so
     # any id of the vocabulary serves as the placeholder.
-    tokens = TokenIds(decoder.vocab_size - 3, _eos(config.get("eos_token_id"), 2), config.get("pad_token_id") or 0)
+    tokens = TokenIds(decoder.vocab_size - 3, eos_ids(config.get("eos_token_id"), 2), config.get("pad_token_id") or 0)
     published = Published("llava-original", "llama", config, vision_config or {})
     return VisionLanguageConfig(vision, projector, decoder), published, tokens
 

@@ -6,12 +6,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import tokenizers
 from absl import logging
 
 from phantom_jax.checkpoints.hf import read_json
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
-from phantom_jax.data.conversation import get_template
-from phantom_jax.data.tokenizer import load_tokenizer
+from phantom_jax.checkpoints.hf_tokenizer import read_tokenizer
+from phantom_jax.checkpoints.special_tokens import UNKNOWN
+from phantom_jax.data.conversation import Template, get_template, template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import CLIP_MEAN, CLIP_STD, CONFIG, Processor
@@ -34,47 +36,66 @@ def load_processor(
       config: the model.
       published: how it looks outside.
       tokens: its special ids.
-      template: name of a template to take instead of the folder's own or, in a published folder, of the default: the
-        language model's name for Phantom, `vicuna_v1` for LLaVA.
+      template: name of a template to take instead of a published folder's default: the language model's name for
+        Phantom, `vicuna_v1` for LLaVA. In a folder with a processor of ours only its own will do.
 
     Returns:
-      The processor, or None where the folder has no tokenizer.json.
+      The processor, or None where the folder has no tokenizer.
 
     Raises:
-      InputError: a file is damaged, there is no such template, or template, tokenizer and images do not go together.
+      InputError: a file is damaged, there is no such template or the model has another one, or template, tokenizer and
+        images do not go together.
     """
     directory = pathlib.Path(directory)
     phantom = published.format == "phantom"
     chosen = get_template(template or (published.language_model if phantom else "vicuna_v1"))
-    stored = _read(directory / CONFIG)
-    # Other libraries give a file of theirs the same name.
-    if "template" in stored:
+    if (directory / CONFIG).is_file():
         processor = Processor.load(directory)
-        if template is None:
-            return processor
-        chosen = dataclasses.replace(chosen, image_token=processor.template.image_token)
-        return dataclasses.replace(processor, template=chosen)
-    if not (directory / "tokenizer.json").is_file():
-        if (directory / "tokenizer.model").is_file():
-            logging.warning(
-                "%s has a tokenizer.model but no tokenizer.json, and only that is read: load it once with "
-                "transformers.AutoTokenizer and save it there, and text can go in and out.",
-                directory,
+        if template is not None and template not in template_names(processor.template):
+            own = " or ".join(template_names(processor.template)) or "one of its own"
+            raise InputError(
+                f"{directory} was saved with the template {own}, and {template} is asked for: leave template out, or "
+                f"store another one with convert --template={template}"
             )
+        return processor
+    tokenizer = read_tokenizer(directory)
+    if tokenizer is None:
         return None
-    tokenizer = load_tokenizer(directory)
+    _check_size(tokenizer, config, directory)
+    images = read_image_settings(directory)
     image_token = _image_token(published, tokenizer.id_to_token(tokens.image))
+    return make_processor(tokenizer, dataclasses.replace(chosen, image_token=image_token), config, published, images)
+
+
+def make_processor(
+    tokenizer: tokenizers.Tokenizer,
+    template: Template,
+    config: VisionLanguageConfig,
+    published: Published,
+    images: Mapping[str, Any],
+) -> Processor:
+    """The processor of a model that was published, or that is made of published parents.
+
+    Args:
+      tokenizer: with the tokens of the template.
+      template: with the image token that the tokenizer has.
+      config: the model.
+      published: how it looks outside.
+      images: the settings of its image processor, see `read_image_settings`; Phantom needs none.
+
+    Raises:
+      InputError: template, tokenizer and images do not go together.
+    """
     processor = Processor(
         tokenizer,
-        dataclasses.replace(chosen, image_token=image_token),
+        template,
         tile_size=config.vision_tower.image_size,
         max_tiles=_MAX_TILES,
         tokens_per_tile=config.tokens_per_tile,
         max_length=config.language_model.rope.max_length,
     )
-    if phantom:
+    if published.format == "phantom":
         return processor
-    images = stored.get("image_processor") or _read(directory / "preprocessor_config.json")
     return dataclasses.replace(
         processor,
         max_tiles=1,
@@ -84,6 +105,37 @@ def load_processor(
     )
 
 
+def read_image_settings(directory: pathlib.Path) -> Mapping[str, Any]:
+    """The settings of a folder's image processor; empty where it has none."""
+    # Newer versions write all into the first of these files.
+    images = _read(directory / "processor_config.json").get("image_processor")
+    return images or _read(directory / "preprocessor_config.json")
+
+
+def with_template(processor: Processor, name: str) -> Processor:
+    """The processor with another template, by name; its image token stays.
+
+    Raises:
+      InputError: there is none of that name, or the tokenizer lacks one of its tokens.
+    """
+    template = dataclasses.replace(get_template(name), image_token=processor.template.image_token)
+    return dataclasses.replace(processor, template=template)
+
+
+def _check_size(tokenizer: tokenizers.Tokenizer, config: VisionLanguageConfig, directory: pathlib.Path) -> None:
+    """Warns of tokens without an embedding. Some published folders have such ones, and no text comes to them."""
+    count = config.language_model.vocab_size
+    without = [token for token, token_id in tokenizer.get_vocab().items() if token_id >= count]
+    if without:
+        logging.warning(
+            "%s: the tokenizer has %d tokens, %r for instance, beyond the %d that the model has embeddings for.",
+            directory,
+            len(without),
+            without[0],
+            count,
+        )
+
+
 def _read(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
@@ -91,8 +143,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 def _image_token(published: Published, configured: str | None) -> str:
     """The token that stands for an image's features: the config decides, whatever the template calls it."""
     if published.format == "llava-original":
-        # Its vocabulary has none. Features are put in by place, so any token will do that no text comes to.
-        return "<unk>"
+        return UNKNOWN
     if configured is None:
         raise InputError(
             "the tokenizer does not have the image token that config.json names: take both from one folder"

@@ -1,5 +1,6 @@
 """Safetensors on disk: headers read and checked first, then just the byte ranges that are asked for."""
 
+import copy
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import pathlib
 import struct
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ml_dtypes
@@ -93,6 +94,14 @@ class TensorFiles:
         if missing:
             raise InputError(f"{directory / INDEX} lists tensors that their shards do not hold: {', '.join(missing)}")
         return files
+
+    def only(self, names: Iterable[str]) -> "TensorFiles":
+        """The same files, as if they held these tensors alone."""
+        some = copy.copy(self)
+        # The files are closed when the last of the two goes.
+        some._whole = self
+        some._where = {name: self._where[name] for name in names}
+        return some
 
     def names(self) -> list[str]:
         return list(self._where)

@@ -65,7 +65,7 @@ _CHATML = Template(
     user="<|im_start|>user\n", assistant="<|im_end|><|im_start|>assistant\n", answer_end="<|im_end|>", **_MARKS
 )
 
-_LLAVA = {"begin": "<s>", "image_token": "<image>"}
+_LLAVA = {"begin": "<s>", "image_token": IMAGE_MARK}
 
 
 def _vicuna(person: str) -> Template:
@@ -81,19 +81,10 @@ def _vicuna(person: str) -> Template:
     )
 
 
-TEMPLATES = {
-    # The Phantoms, by their language model. None has a system turn.
-    "qwen2": _CHATML,
-    "internlm2": _CHATML,
-    "phi3": Template(user="<|user|>\n", assistant="<|end|><|assistant|>\n", answer_end="<|end|>", **_MARKS),
-    # LLaVA, by the names of its published code. With `vicuna_v1` it is trained, with `llava_v1` it was first evaluated.
-    "vicuna_v1": _vicuna("user"),
-    "llava_v1": _vicuna("human"),
-    "llava_llama_2": Template(
+def _llama_2(system: str) -> Template:
+    return Template(
         # The first turn's opening stands before the system text.
-        system="[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the visual "
-        "content that the user provides, and assist the user with a variety of tasks using natural language.\n"
-        "<</SYS>>\n\n",
+        system=f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
         user="",
         assistant=" [/INST]",
         answer_begin=" ",
@@ -102,6 +93,28 @@ TEMPLATES = {
         turn_end="<s>[INST] ",
         after_image="\n",
         **_LLAVA,
+    )
+
+
+TEMPLATES = {
+    # The Phantoms, by their language model. None has a system turn.
+    "qwen2": _CHATML,
+    "internlm2": _CHATML,
+    "phi3": Template(user="<|user|>\n", assistant="<|end|><|assistant|>\n", answer_end="<|end|>", **_MARKS),
+    # LLaVA, by the names of its published code. With `vicuna_v1` it is trained, with `llava_v1` it was first evaluated.
+    "vicuna_v1": _vicuna("user"),
+    "llava_v1": _vicuna("human"),
+    "llava_llama_2": _llama_2(
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+        "provides, and assist the user with a variety of tasks using natural language."
+    ),
+    # With LLaMA-2's own system text, two spaces in it included.
+    "llama_2": _llama_2(
+        "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. "
+        " Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+        "content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question "
+        "does not make any sense, or is not factually coherent, explain why instead of answering something not "
+        "correct. If you don't know the answer to a question, please don't share false information."
     ),
     # The first stage: an image and its caption, which nothing but the line's end closes.
     "plain": Template(
@@ -125,6 +138,15 @@ def get_template(name: str) -> Template:
         near = difflib.get_close_matches(name, TEMPLATES, n=3, cutoff=0.3) or list(TEMPLATES)
         raise InputError(f"there is no template {name!r}: the nearest names are {', '.join(near)}")
     return TEMPLATES[name]
+
+
+def template_names(template: Template) -> list[str]:
+    """The names under which a template is known, whatever its image token is called; none for one of the user's own."""
+    return [
+        name
+        for name, known in TEMPLATES.items()
+        if dataclasses.replace(template, image_token=known.image_token) == known
+    ]
 
 
 Turn = tuple[str, str | None]

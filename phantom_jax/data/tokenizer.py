@@ -15,6 +15,10 @@ from phantom_jax.errors import InputError
 PAD = "<|endoftext|>"
 SPECIAL_TOKENS = (PAD, "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
+_PADS = (PAD, "<pad>")
+
+TOKENIZER = "tokenizer.json"
+
 WORDS = r"\d| ?[^\s\d]+\n?|\s+"
 """What merges never cross: each digit alone; a word, its punctuation, the space before and a line's end after it."""
 
@@ -42,13 +46,22 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 512) -> tokenizer
     return tokenizer
 
 
-def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: str | os.PathLike, *, end_of_answer: str) -> None:
+def pad_token(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The tokenizer's own token for padding, if it has one."""
+    return next((token for token in _PADS if tokenizer.token_to_id(token) is not None), None)
+
+
+def save_tokenizer(
+    tokenizer: tokenizers.Tokenizer, directory: str | os.PathLike, *, end_of_answer: str, begin_of_text: str = ""
+) -> None:
     """Writes what `transformers.AutoTokenizer` loads: tokenizer.json and the two files beside it."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer.save(str(directory / TOKENIZER))
+    names = {"eos_token": end_of_answer, "pad_token": pad_token(tokenizer) or end_of_answer}
+    if begin_of_text:
+        names["bos_token"] = begin_of_text
     special = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
-    names = {"eos_token": end_of_answer, "pad_token": PAD if PAD in special else end_of_answer}
     extra = [token for token in special if token not in names.values()]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -68,7 +81,7 @@ def load_tokenizer(directory: str | os.PathLike) -> tokenizers.Tokenizer:
     Raises:
       InputError: the file is missing or is not a tokenizer.
     """
-    path = pathlib.Path(directory) / "tokenizer.json"
+    path = pathlib.Path(directory) / TOKENIZER
     if not path.is_file():
         raise InputError(f"There is no tokenizer at {path}. Give a folder that a model was saved to.")
     try:

@@ -232,9 +232,7 @@ def test_folders_that_are_no_model_are_refused(golden, tmp_path):
         pretrained.load(tmp_path)
     shutil.copy(golden / "phantom-0.5b" / "config.json", tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    with pytest.raises(
-        InputError, match=r"holds neither model.safetensors nor .* \(it holds config.json, pytorch_model.bin\)"
-    ):
+    with pytest.raises(InputError, match=r"holds neither model.safetensors nor .*pytorch_model.bin"):
         pretrained.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"<html>")
     with pytest.raises(InputError, match="no readable safetensors file"):

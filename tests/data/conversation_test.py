@@ -1,5 +1,6 @@
 """Templates, label masks and branches, with a tokenizer of one token a character."""
 
+import dataclasses
 import hashlib
 import re
 
@@ -8,7 +9,7 @@ import pytest
 
 from phantom_jax.batch import IGNORE
 from phantom_jax.data import conversation
-from phantom_jax.data.conversation import TEMPLATES, encode, get_template, lay_out
+from phantom_jax.data.conversation import TEMPLATES, encode, get_template, lay_out, template_names
 from phantom_jax.data.runs import Run, Special
 from phantom_jax.errors import InputError
 
@@ -144,11 +145,15 @@ def test_vicuna_text(name):
     assert text_of(prompt.token_ids) == f"<s>{system} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
 
 
-def test_llama_2_text():
-    template = TEMPLATES["llava_llama_2"]
+LLAMA_2 = {"llava_llama_2": (186, "790f4cfc05523b0e"), "llama_2": (508, "d52c188a3c969c4e")}
+
+
+@pytest.mark.parametrize("name", LLAMA_2)
+def test_llama_2_text(name):
+    template = TEMPLATES[name]
     system = template.system.removeprefix("[INST] <<SYS>>\n").removesuffix("\n<</SYS>>\n\n")
-    assert (len(system), hashlib.sha256(system.encode()).hexdigest()[:16]) == (186, "790f4cfc05523b0e")
-    encoded = converse(("Q1", "A1"), ("Q2", "A2"), features=[2], template="llava_llama_2")
+    assert (len(system), hashlib.sha256(system.encode()).hexdigest()[:16]) == LLAMA_2[name]
+    encoded = converse(("Q1", "A1"), ("Q2", "A2"), features=[2], template=name)
     assert text_of(encoded.token_ids) == (
         f"<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{2 * '<image>'}\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST] A2 </s>"
     )
@@ -162,6 +167,14 @@ def test_plain_text_is_the_image_and_its_caption():
         encoded = converse((question, "A cat."), features=[2], template="plain")
         assert text_of(encoded.token_ids) == f"<s>{2 * '<image>'}A cat.\n"
         assert text_of(encoded.token_ids[encoded.supervised]) == "A cat.\n"
+
+
+def test_names_of_templates():
+    for name, template in TEMPLATES.items():
+        names = ["qwen2", "internlm2"] if name in ("qwen2", "internlm2") else [name]
+        assert template_names(template) == names
+        assert template_names(dataclasses.replace(template, image_token="<unk>")) == names  # noqa: S106
+        assert template_names(dataclasses.replace(template, system="Other.")) == []
 
 
 def test_unknown_templates_name_the_nearest():
