@@ -47,7 +47,8 @@ class Adapter:
       published: the outside layout of that model; PEFT's names follow from it.
       tokens: special ids of that model.
       low_rank: by path of the kernel, `params/language_model/layers/attention/query/kernel`.
-      others: parameters that were trained in full, by path, in their form in the model.
+      others: parameters that come whole, by path, in their form in the model: they were trained in full, or PEFT put a
+        head that it adapts beside its factors. They replace those of the model before the low-rank changes.
       dropout: on the input of A, in training.
       rank_stabilized: whether the update is scaled by alpha / sqrt(r).
       base: name or folder of that model, for whoever loads the adapter elsewhere; empty where it is not known.
@@ -142,13 +143,13 @@ def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
                     f"the adapter is for another model: {path} is {shape} there and {found or 'absent'} here. Give the "
                     f"model that it was trained on{', ' + adapter.base if adapter.base else ''}"
                 )
+    for path, whole in adapter.others.items():
+        flat[path] = cast(whole, flat[path].dtype)
     for path, change in adapter.low_rank.items():
         scalings = [
             adapter.scaling(*pair) if pair[0] else 0.0 for pair in zip(change.ranks, change.alphas, strict=True)
         ]
         flat[path] = _changed(flat[path], change, scalings, in_layers(path))
-    for path, whole in adapter.others.items():
-        flat[path] = cast(whole, flat[path].dtype)
     trees = unflatten(flat)
     return dataclasses.replace(base, params=trees["params"], unused=trees.get("unused", {}))
 

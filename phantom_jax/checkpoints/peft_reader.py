@@ -134,9 +134,6 @@ def _check_names(
             f"{where} holds {len(unknown)} tensors that the model has no place for: {_listed(unknown)}. Give the model "
             "that it was trained on"
         )
-    both = [pairs[parameter.removesuffix(".weight")]["A"] for parameter in whole if parameter[:-7] in pairs]
-    if both:
-        raise InputError(f"{where} holds whole weights beside low-rank ones: {_listed(both)}")
 
 
 def _check_complete(settings: Mapping[str, Any], pairs: Pairs, maps: list[Linear], where: str) -> None:

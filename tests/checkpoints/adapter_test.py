@@ -181,6 +181,22 @@ def test_whole_modules_beside_the_factors(golden, tmp_path):
     ]
 
 
+def test_a_head_that_comes_with_its_factors(golden, tmp_path):
+    """PEFT puts the weight of an adapted head beside them."""
+    base = golden / "llava-hf"
+    pairs = peft_folder.factors(base, lambda module: module.endswith("lm_head"))
+    head = peft_folder.weights(base)["language_model.lm_head.weight"] * 2
+    extra = {"base_model.model.lm_head.base_layer.weight": head}
+    source = peft_folder.write(tmp_path / "peft", pairs, rename=peft_folder.in_memory, extra=extra)
+    adapter = adapter_folder.read(source, hf.load(base))
+    ours = written(merge(hf.load(base), adapter))["language_model.lm_head.weight"]
+    ((a, b),) = pairs.values()
+    np.testing.assert_allclose(ours, head + 2 * (b @ a), rtol=0, atol=1e-4)
+    target = write(adapter, tmp_path / "again")
+    assert_same_files(target, source)
+    assert not json.loads((target / "adapter_config.json").read_text())["modules_to_save"]
+
+
 def test_ranks_and_alphas_by_pattern_and_missing_layers(golden, tmp_path):
     base = golden / "phantom-3.8b"
 
@@ -416,7 +432,6 @@ WRONG_TENSORS = {
         r"\(32, 4\), the model wants \(64, 4\)",
     ),
     "two adapters": ({f"{Q}.lora_A.other.weight": A, f"{Q}.lora_B.other.weight": B}, "keep one adapter"),
-    "whole and low": ({f"{Q}.weight": np.ones((64, 64), np.float32)}, "whole weights beside low-rank ones"),
     "whole in one layer": ({f"{Q.replace('q_', 'k_')}.weight": np.ones((64, 64), np.float32)}, "not in all layers"),
     "integers": ({f"{Q.replace('q_', 'k_')}.lora_A.weight": A.astype(np.int8)}, "as I8"),
 }
