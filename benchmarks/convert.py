@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py [--size=phantom-1.8b] [--rounds=3]
 
-The folder that is converted has the names, shapes, dtype and shards of the published model. Each round runs `cp` and the
-two conversions one after the other, each in a process of its own and each until the bytes are on the disk (fsync); the
-medians are compared. Memory is the peak resident set of the process, as the kernel counts it.
+The folder that is converted has the names, shapes, dtype and shards of the published model. Each round runs `cp` and
+the two conversions one after the other, each in a process of its own and each until the bytes are on the disk (fsync);
+the medians are compared. Memory is the peak resident set of the process, as the kernel counts it.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def timed(command: list[str]) -> tuple[float, float]:
         "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)  # noqa: S603 - our own arguments
     return time.perf_counter() - start, int(done.stdout) / 1024
 
 
@@ -86,9 +86,8 @@ def main() -> None:
         largest = max(math.prod(files.shape(tensor)) * files.dtype(tensor).itemsize for tensor in files.names())
         size = sum(path.stat().st_size for path in source.iterdir())
         layout = checkpoint.published.format
-        print(
-            f"{arguments.size}: {size / 1e9:.2f} GB, {len(files.names())} tensors, {len(list(source.glob('*.safetensors')))} shards"
-        )
+        shards = len(list(source.glob("*.safetensors")))
+        print(f"{arguments.size}: {size / 1e9:.2f} GB, {len(files.names())} tensors, {shards} shards")
         limit = 1024 + 2 * largest / 2**20
         ways = {
             "cp": ["sh", "-c", f"cp -r {source} {folder}/copy && sync {folder}/copy/*"],
@@ -110,9 +109,8 @@ def main() -> None:
             if TensorFiles.of_folder(back).read(name).tobytes() == files.read(name).tobytes()
         ]
         print(f"back again byte by byte: {len(same)} of {len(files.names())} tensors equal")
-        print(
-            f"\n| way | seconds (median of {arguments.rounds}) | ratio to cp | peak memory MiB | allowed MiB |\n|---|---|---|---|---|"
-        )
+        print(f"\n| way | seconds (median of {arguments.rounds}) | ratio to cp | peak memory MiB | allowed MiB |")
+        print("|---|---|---|---|---|")
         base = statistics.median(seconds["cp"])
         for way in ways:
             middle = statistics.median(seconds[way])

@@ -17,11 +17,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from phantom_jax import generation_verbs
+from phantom_jax import checkpoint_verbs, generation_verbs
 from phantom_jax.errors import Diverged, InputError, Preempted
 from phantom_jax.version import __version__
 
-FORMATS = ("ours", "phantom", "llava-hf", "llava-original")
 PROGRAM = "phantom-jax"
 
 
@@ -95,20 +94,6 @@ def _evaluate(values: flags.FlagValues) -> None:
     print(table(results))
 
 
-def _define_convert(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    flags.DEFINE_string("source", None, "Model folder; its layout is recognised.", flag_values=values)
-    flags.DEFINE_string("target", None, "Folder to write. It must not exist, or be empty.", flag_values=values)
-    flags.DEFINE_enum("to", None, FORMATS, "Layout to write.", flag_values=values)
-    text = "Read the target back and compare every tensor with the source."
-    flags.DEFINE_boolean("verify", False, text, flag_values=values)
-
-
-def _convert(values: flags.FlagValues) -> None:
-    from phantom_jax.conversion import convert
-
-    print(convert(values.source, values.target, layout=values.to, verify=values.verify))
-
-
 def _define_report(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("workdir", None, "Folder of a run; its metrics.jsonl gives the curves.", flag_values=values)
     text = "Folder that `evaluate --output` wrote; its images are shown."
@@ -133,7 +118,18 @@ _VERBS = {
         ("model",),
     ),
     "chat": Verb("talk about images, in the terminal", generation_verbs.define_chat, generation_verbs.chat, ("model",)),
-    "convert": Verb("rewrite a model in another layout", _define_convert, _convert, ("source", "target", "to")),
+    "convert": Verb(
+        "rewrite a model or an adapter in another layout, or put a model together",
+        checkpoint_verbs.define_convert,
+        checkpoint_verbs.convert,
+        ("target", "to"),
+    ),
+    "merge": Verb(
+        "work an adapter into its model",
+        checkpoint_verbs.define_merge,
+        checkpoint_verbs.merge,
+        ("model", "adapter", "target"),
+    ),
     "report": Verb("draw loss curves and answered images", _define_report, _report, ("workdir", "output")),
 }
 

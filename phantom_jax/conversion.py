@@ -1,56 +1,279 @@
-"""From one layout of a model on disk to another."""
+"""From one layout of a model on disk to another, in memory of some blocks."""
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.pretrained import read, write
-from phantom_jax.trees import flatten
+from phantom_jax import verification
+from phantom_jax.checkpoints import adapter_folder, model_folder, tensor_report
+from phantom_jax.checkpoints.adapter import Adapter, merge
+from phantom_jax.checkpoints.arrays import cast
+from phantom_jax.checkpoints.assemble import assemble
+from phantom_jax.checkpoints.hf import Checkpoint, Origin
+from phantom_jax.checkpoints.hf_processor import with_template
+from phantom_jax.checkpoints.load_lines import LAYOUTS, load_lines, serve_line
+from phantom_jax.checkpoints.model_card import model_card
+from phantom_jax.checkpoints.quantized import quantized
+from phantom_jax.checkpoints.relayout import in_layout
+from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.errors import InputError
+from phantom_jax.models.quantization import check_kind, kernel_inputs
+from phantom_jax.processor import Processor
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def convert(source: str, target: str, *, layout: str, verify: bool = False) -> str:
-    """Reads a model folder of any known layout and writes it in another one.
+@dataclasses.dataclass(frozen=True)
+class Parents:
+    """Folders that a new model is put together from; see `checkpoints.assemble`.
+
+    Attributes:
+      vision: of the vision tower.
+      llm: of the language model.
+      projector: its file or folder; None for a fresh one.
+      projector_kind: of a fresh one.
+      seed: of all that is fresh.
+    """
+
+    vision: str
+    llm: str
+    projector: str | None = None
+    projector_kind: str | None = None
+    seed: int = 0
+
+
+def convert(
+    source: str | Parents,
+    target: str,
+    *,
+    layout: str,
+    base: str | None = None,
+    vision: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    template: str | None = None,
+    allow_pickle: bool = False,
+    evaluation: str | None = None,
+    verify: bool = False,
+) -> list[str]:
+    """Reads a model or an adapter of any known layout and writes it in another one.
 
     Args:
-      source: folder to read.
+      source: folder to read, or the parents of a new model.
       target: folder to write; it must not exist, or be empty.
-      layout: "ours", "phantom", "llava-hf" or "llava-original".
-      verify: read the target back and compare every tensor, bit by bit, with the source.
+      layout: one of `load_lines.LAYOUTS`.
+      base: folder of the model that an adapter was trained on.
+      vision: folder of the vision tower of an original LLaVA that leaves it out.
+      dtype: one of `DTYPES`, of all arrays; None keeps each as it is stored.
+      quantize: `int8` or `nf4`, for the linear maps of the language model's layers; `ours` alone holds that.
+      template: name of the conversation template to store; None keeps what the source remembers.
+      allow_pickle: read `.bin` files, in a process of its own.
+      evaluation: folder that `evaluate` wrote; its results go into the model card.
+      verify: read the target back and compare; see `verification`.
 
     Returns:
-      One line that says what was done.
+      Lines that say what was done, and how to load the result.
 
     Raises:
-      InputError: the target holds files, or the model has no form in that layout. Nothing is overwritten.
+      InputError: the target holds files, the source is damaged, or has no form in that layout. Nothing is overwritten.
       RuntimeError: what was written reads back differently.
     """
-    checkpoint, processor = read(source)
-    write(checkpoint, processor, target, format=layout)
-    arrays = _arrays(checkpoint)
-    size = sum(array.size for array in arrays.values())
-    line = f"wrote {len(arrays)} arrays, {size:,} parameters, to {target} ({layout})"
-    if verify:
-        differing = differences(arrays, _arrays(read(target)[0]))
-        if differing:
-            raise RuntimeError(f"what was written to {target!r} reads back differently: {'; '.join(differing)}")
-        line += "; read back, all equal"
-    return line
+    _check(target, layout, dtype, quantize)
+    metrics = {} if evaluation is None else _metrics(evaluation, source)
+    with _scratch(target, allow_pickle) as scratch:
+        if isinstance(source, str) and adapter_folder.is_adapter(source):
+            return _convert_adapter(source, target, layout, base, scratch)
+        if layout == "peft":
+            raise InputError(f"{source} is a whole model, peft is a layout of adapters: choose another --to")
+        if base is not None:
+            raise InputError(f"--base is the model of an adapter, and {source} is no adapter: leave it out")
+        checkpoint, processor = _read(source, vision, dtype, template, scratch)
+        if layout != "ours":
+            checkpoint, processor = in_layout(checkpoint, processor, layout)
+        if quantize is not None:
+            checkpoint = _quantized(checkpoint, quantize)
+        lines = _write(checkpoint, processor, target, layout, metrics)
+        if verify:
+            lines += verification.verify(checkpoint, target, source=source if isinstance(source, str) else None)
+    return [*lines, *_how_to_load(layout, target)]
 
 
-def differences(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> list[str]:
-    """Which of two sets of arrays by name differ in presence, shape, dtype or any bit; empty when none."""
-    found = [f"{name} is on one side only" for name in sorted(left.keys() ^ right.keys())]
-    for name in sorted(left.keys() & right.keys()):
-        first, second = left[name], right[name]
-        if (first.shape, first.dtype) != (second.shape, second.dtype):
-            found.append(f"{name} is {first.dtype}{list(first.shape)} and {second.dtype}{list(second.shape)}")
-        elif first.tobytes() != second.tobytes():
-            found.append(f"{name} has other values")
-    return found
+def merge_adapter(
+    model: str, adapter: str, target: str, *, layout: str | None = None, allow_pickle: bool = False
+) -> list[str]:
+    """Works an adapter into its model and writes the result.
+
+    Args:
+      model: folder of the model that the adapter was trained on, of any layout, not quantised.
+      adapter: its folder, PEFT's, LLaVA's or ours.
+      target: folder to write; it must not exist, or be empty.
+      layout: of the result; None is that of the model.
+      allow_pickle: read `.bin` files, in a process of its own.
+
+    Returns:
+      Lines that say what was done, and how to load the result.
+
+    Raises:
+      InputError: the two do not go together, or one of them is damaged.
+    """
+    with _scratch(target, allow_pickle) as scratch:
+        checkpoint, processor = model_folder.read(model, scratch=scratch)
+        layout = layout or ("ours" if model_folder.is_ours(model) else checkpoint.published.format)
+        _check(target, layout, None, None)
+        change = adapter_folder.read(adapter, checkpoint, scratch=scratch)
+        merged = merge(checkpoint, change)
+        merged = dataclasses.replace(
+            merged,
+            entries=tensor_report.changed(merged.entries, [*change.low_rank, *change.others], "the adapter worked in"),
+        )
+        if layout != "ours":
+            merged, processor = in_layout(merged, processor, layout)
+        lines = _write(merged, processor, target, layout, {})
+    return [_dropped(change), *lines, *_how_to_load(layout, target)]
 
 
-def _arrays(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """All arrays of a model by path, those included that a file holds and no computation uses."""
-    trees = {"params": checkpoint.params, "unused": checkpoint.unused}
-    return {path: np.asarray(leaf) for path, leaf in flatten(trees).items()}
+def _check(target: str, layout: str, dtype: str | None, quantize: str | None) -> None:
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} does not exist: use one of {', '.join(LAYOUTS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
+    if quantize is not None:
+        check_kind(quantize)
+        if layout != "ours":
+            raise InputError(
+                f"{layout} has no form for {quantize} weights of ours: set --to=ours, or leave quantize out"
+            )
+    model_folder.check_new(target)
+
+
+@contextlib.contextmanager
+def _scratch(target: str, allow_pickle: bool) -> Iterator[pathlib.Path | None]:
+    """A folder on the target's disk for what pickled weights become; None where they are refused."""
+    if not allow_pickle:
+        yield None
+        return
+    parent = pathlib.Path(target).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pickled.", dir=parent) as name:
+        yield pathlib.Path(name)
+
+
+def _read(
+    source: str | Parents, vision: str | None, dtype: str | None, template: str | None, scratch: pathlib.Path | None
+) -> tuple[Checkpoint, Processor | None]:
+    if isinstance(source, str):
+        checkpoint, processor = model_folder.read(source, dtype=dtype, scratch=scratch, vision=vision)
+        if template is not None and processor is None:
+            raise InputError(f"{source} has no tokenizer, so template {template!r} can not go with it: leave it out")
+        return checkpoint, processor if template is None else with_template(processor, template)
+    checkpoint, processor, entries = assemble(
+        source.vision,
+        source.llm,
+        source.projector,
+        projector_kind=source.projector_kind,
+        seed=source.seed,
+        template=template,
+        open_files=functools.partial(model_folder.open_tensors, scratch=scratch),
+    )
+    origin = Origin(base=tuple(filter(None, (source.vision, source.llm, source.projector))))
+    checkpoint = dataclasses.replace(checkpoint, origin=origin, entries=tuple(entries))
+    return checkpoint if dtype is None else _cast(checkpoint, np.dtype(dtype)), processor
+
+
+def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
+    flat = checkpoint.flat()
+    others = [path for path, array in flat.items() if array.dtype != dtype]
+    entries = tensor_report.changed(checkpoint.entries, others, f"to {dtype}")
+    return dataclasses.replace(
+        checkpoint.with_flat({path: cast(array, dtype) for path, array in flat.items()}), entries=entries
+    )
+
+
+def _quantized(checkpoint: Checkpoint, kind: str) -> Checkpoint:
+    flat = checkpoint.flat()
+    kernels = [path for path in flat if kernel_inputs(path.removeprefix("params/")) is not None]
+    entries = tensor_report.changed(checkpoint.entries, kernels, f"quantised to {kind}")
+    return dataclasses.replace(checkpoint.with_flat(quantized(flat, kind)), entries=entries)
+
+
+def _write(
+    checkpoint: Checkpoint, processor: Processor | None, target: str, layout: str, metrics: Mapping[str, float]
+) -> list[str]:
+    model_folder.write(checkpoint, processor, target, format=layout, metrics=metrics, report=True)
+    arrays, parameters = checkpoint.flat(), checkpoint.size
+    lines = [f"wrote {len(arrays)} arrays, {parameters:,} parameters, to {target} ({layout})"]
+    if processor is None:
+        lines.append("no tokenizer: the source has none, so text can not go in or out")
+    return [
+        *lines,
+        tensor_report.summary(checkpoint.entries),
+        f"each tensor: {os.path.join(target, model_folder.REPORT)}",
+    ]
+
+
+def _convert_adapter(
+    source: str, target: str, layout: str, base: str | None, scratch: pathlib.Path | None
+) -> list[str]:
+    if layout not in adapter_folder.FORMATS:
+        raise InputError(
+            f"{source} is an adapter, and {layout} a layout of whole models: set --to to "
+            f"{' or '.join(adapter_folder.FORMATS)}, or work it into its model with `merge`"
+        )
+    model = None if base is None else model_folder.read(base, scratch=scratch)[0]
+    adapter = adapter_folder.read(source, model, scratch=scratch)
+    with model_folder.appearing(target) as folder:
+        adapter_folder.write(adapter, folder, format=layout)
+        if layout == "peft":
+            (folder / "README.md").write_text(_adapter_card(adapter, target), encoding="utf-8")
+    lines = [f"wrote an adapter of {len(adapter.low_rank)} arrays, {adapter.size:,} parameters, to {target} ({layout})"]
+    return [*lines, _dropped(adapter), *_how_to_load(layout, target, adapter)]
+
+
+def _dropped(adapter: Adapter) -> str:
+    count = len(adapter.dropped)
+    return f"adapter: {count} tensors dropped" + (": of the vision tower, they change nothing" if count else "")
+
+
+def _adapter_card(adapter: Adapter, target: str) -> str:
+    return model_card(
+        adapter.config,
+        adapter.published,
+        "peft",
+        name=pathlib.Path(target).name,
+        dtype=str(next(iter(adapter.low_rank.values())).a.dtype),
+        base=[adapter.base] if adapter.base else [],
+        rank=max(max(change.ranks) for change in adapter.low_rank.values()),
+    )
+
+
+def _how_to_load(layout: str, target: str, adapter: Adapter | None = None) -> list[str]:
+    if adapter is not None and (layout == "ours" or adapter.published.format != "llava-hf"):
+        return []
+    base = None if adapter is None else adapter.base or None
+    rank = None if adapter is None else max(max(change.ranks) for change in adapter.low_rank.values())
+    lines = ["", "load it with", *(f"    {line}" for line in load_lines(layout, target, base=base))]
+    served = serve_line(layout, target, base=base, rank=rank)
+    return lines if served is None else [*lines, f"    {served}"]
+
+
+def _metrics(folder: str, source: str | Parents) -> dict[str, float]:
+    """The exact match that `evaluate --output` found, of the model of the source's name where there are several."""
+    path = pathlib.Path(folder) / "results.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no results.json: give the folder that `evaluate --output` wrote")
+    results = read_json(path)
+    try:
+        models = results["models"]
+        name = next(iter(models)) if len(models) == 1 else pathlib.Path(str(source)).name
+        if name not in models:
+            raise InputError(f"{path} has results of {', '.join(models)}, and the source is called {name!r}")
+        right, count = models[name]["all"]["all"]
+        return {f"exact match, {results['source']} {results['split']}, {count} questions": right / count}
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise InputError(f"{path} is not what `evaluate --output` writes ({error!r})") from error

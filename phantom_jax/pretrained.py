@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phantom_jax.checkpoints import hf, native
+from phantom_jax.checkpoints import model_folder
 from phantom_jax.checkpoints.arrays import layer_of, stack
-from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.checkpoints.hf_config import FORMATS, Published, TokenIds, publish
-from phantom_jax.checkpoints.hf_processor import load_processor
-from phantom_jax.checkpoints.published_processor import save_published
-from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.checkpoints.hf import Checkpoint, Origin
+from phantom_jax.checkpoints.hf_config import Published, TokenIds
+from phantom_jax.checkpoints.relayout import in_layout
 from phantom_jax.data.conversation import Turn
 from phantom_jax.data.stop_strings import check_stops
 from phantom_jax.data.text import AnswerText
@@ -51,6 +46,7 @@ class VisionLanguage:
       published: the outside layout it came from.
       tokens: special ids.
       unused: tensors that the published file holds and no computation uses.
+      origin: what it was made from, as far as known.
       int8_cache: whether keys and values of past tokens are kept in 8 bits.
       mesh: the devices that weights and cache are split over; None for one device.
     """
@@ -61,6 +57,7 @@ class VisionLanguage:
     published: Published
     tokens: TokenIds
     unused: Mapping[str, Any]
+    origin: Origin = Origin()
     int8_cache: bool = False
     mesh: jax.sharding.Mesh | None = None
 
@@ -178,7 +175,7 @@ class VisionLanguage:
         """The model at rest, its layers stacked; each comes to host memory when it is read."""
         params = dict(self.params)
         params["language_model"] = stack_layers(params["language_model"], stack)
-        return Checkpoint(self.model.config, params, self.unused, self.published, self.tokens)
+        return Checkpoint(self.model.config, params, self.unused, self.published, self.tokens, self.origin)
 
 
 def _pieces(tokens: Iterable[np.ndarray], text: AnswerText) -> Iterator[str]:
@@ -224,7 +221,7 @@ def load(
     devices = None if mesh is None else _decoding_mesh(mesh)
     if quantize is not None:
         check_kind(quantize)
-    checkpoint, processor = read(path, template=template)
+    checkpoint, processor = model_folder.read(path, template=template)
     params = checkpoint.params
     if dtype is None:
         stored = params["language_model"]["embedding"].dtype
@@ -232,9 +229,17 @@ def load(
         dtype = jnp.bfloat16 if stored == jnp.float16 else stored
     params = {**params, "language_model": unstack_layers(params["language_model"], layer_of)}
     model = VisionLanguageModel(checkpoint.config, dtype, scan_layers=False)
-    params = _on_devices(params, model, devices, quantize)
     return VisionLanguage(
-        model, params, processor, checkpoint.published, checkpoint.tokens, checkpoint.unused, int8_cache, devices
+        model,
+        _on_devices(params, model, devices, quantize),
+        processor,
+        checkpoint.published,
+        checkpoint.tokens,
+        # Read now: the folder may be gone when this is saved.
+        jax.tree.map(np.asarray, checkpoint.unused),
+        checkpoint.origin,
+        int8_cache,
+        devices,
     )
 
 
@@ -266,38 +271,11 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
     Raises:
       InputError: the folder holds something, or the format cannot express the model.
     """
-    write(handle.checkpoint(), handle.processor, path, format=format)
-
-
-def read(
-    path: str | os.PathLike[str], *, template: str | None = None, dtype: Any = None
-) -> tuple[Checkpoint, Processor | None]:
-    """A model folder, opened: its arrays are read when they are asked for.
-
-    Args:
-      path: the folder, of any layout.
-      template: as of `load`.
-      dtype: of all arrays; None leaves each as it is stored.
-
-    Raises:
-      InputError: as of `load`.
-    """
-    directory = pathlib.Path(path)
-    if not directory.is_dir():
-        raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
-    if (directory / native.CONFIG).is_file():
-        checkpoint = native.load(directory, dtype=dtype)
-    elif (directory / "config.json").is_file() and "phases" in read_json(directory / "config.json"):
-        raise InputError(
-            f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, which "
-            f"appears when all phases are done, or one of {directory / 'models'}"
-        )
-    elif (directory / "config.json").is_file():
-        checkpoint = hf.load(directory, dtype=dtype)
-    else:
-        raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
-    processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
-    return checkpoint, processor
+    checkpoint, processor = handle.checkpoint(), handle.processor
+    if format != "ours":
+        model_folder.check_format(format)
+        checkpoint, processor = in_layout(checkpoint, processor, format)
+    model_folder.write(checkpoint, processor, path, format=format)
 
 
 def _decoding_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
@@ -309,39 +287,3 @@ def _decoding_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
             f"{', '.join(sorted(set(DECODING.values())))}"
         )
     return mesh
-
-
-def write(
-    checkpoint: Checkpoint, processor: Processor | None, path: str | os.PathLike[str], *, format: str = "ours"
-) -> None:
-    """Writes what `read` reads; arguments and errors as of `save`."""
-    target = pathlib.Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{str(path)!r} exists and is not an empty folder: nothing was written, choose a new one")
-    if format != "ours" and format not in FORMATS:
-        raise InputError(f"format {format!r} does not exist: use ours, {', '.join(FORMATS)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        if format == "ours":
-            native.save(checkpoint, scratch)
-        else:
-            hf.save(_as_format(checkpoint, format), scratch)
-        if processor is not None:
-            processor.save(scratch)
-            if format != "ours":
-                save_published(processor, scratch, layout=format, config=checkpoint.config)
-        if target.exists():
-            target.rmdir()
-        scratch.chmod(0o755)
-        scratch.rename(target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-def _as_format(checkpoint: Checkpoint, layout: str) -> Checkpoint:
-    """The checkpoint under a layout's names; what another layout's config said besides is left behind."""
-    if checkpoint.published.format == layout:
-        return checkpoint
-    return dataclasses.replace(checkpoint, published=publish(checkpoint.config, layout))

@@ -61,9 +61,9 @@ FLOORS = {
     2: ("models", "objectives"),
     3: ("data", "checkpoints", "processor", "sharding"),
     4: ("generation",),
-    5: ("pretrained", "conversion", "training"),
-    6: ("evaluation", "report"),
-    7: ("cli", "compiled", "generation_verbs", "__init__", "__main__"),
+    5: ("pretrained", "training"),
+    6: ("conversion", "evaluation", "report", "verification"),
+    7: ("checkpoint_verbs", "cli", "compiled", "generation_verbs", "__init__", "__main__"),
 }
 
 

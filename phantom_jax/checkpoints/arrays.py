@@ -1,7 +1,7 @@
 """Arrays that stay where they are until a part of them is asked for."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,38 @@ def resolve(index: Any, shape: tuple[int, ...]) -> tuple[Box, list[bool]]:
         box.append(slice(start, max(start, stop)))
         dropped.append(drop)
     return tuple(box), dropped
+
+
+def block_axis(array: Any) -> int:
+    """The axis along which `boxes` cuts an array of at least one axis."""
+    axis = getattr(array, "block_axis", 0)
+    return max(axis, 1) if len(array.shape) > 2 else axis
+
+
+def boxes(array: Any, limit: int, step: int = 1) -> Iterator[Box]:
+    """The array in parts of at most about `limit` bytes, in the order in which it is stored.
+
+    With more than two axes the first counts layers, which are taken one by one.
+
+    Args:
+      array: anything with shape and dtype.
+      limit: bytes; a part is never less than `step` along the axis that is cut.
+      step: what cuts along that axis are multiples of.
+    """
+    shape, stacked = tuple(array.shape), len(array.shape) > 2
+    if not shape:
+        yield ()
+        return
+    axis = block_axis(array)
+    box = [slice(0, size) for size in shape]
+    width = math.prod(shape[1:] if stacked else shape) // max(shape[axis], 1) * np.dtype(array.dtype).itemsize
+    step *= max(limit // max(width * step, 1), 1)
+    for layer in range(shape[0] if stacked else 1):
+        if stacked:
+            box[0] = slice(layer, layer + 1)
+        for start in range(0, shape[axis], step):
+            box[axis] = slice(start, min(start + step, shape[axis]))
+            yield tuple(box)
 
 
 def layer_of(array: Any, layer: int) -> Any:

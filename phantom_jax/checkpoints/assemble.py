@@ -106,10 +106,10 @@ def assemble(
         dimension = fresh.phantom_dimension(decoder, seed)
         parts = {**_resized(language, size, kept, seed), **dimension}
         brought = _resized_entries(language, size, kept)
-        made += [Entry("", (path,), "fresh", "of the phantom dimension, which no parent has") for path in dimension]
+        made += [Entry("", (path,), "fresh", "no parent has a phantom dimension") for path in dimension]
     if given is None:
         bridge = fresh.projector(projector_config, seed)
-        made += [Entry("", (path,), "fresh", "of the projector, which was not given") for path in bridge]
+        made += [Entry("", (path,), "fresh", "no projector was given") for path in bridge]
     else:
         bridge = given.arrays
     entries = _merged([(vision, tower.entries), (llm, brought), (projector, given.entries if given else ())])
@@ -191,12 +191,12 @@ def _resized(language: LanguageParent, size: int, kept: int, seed: int) -> dict[
 
 def _resized_entries(language: LanguageParent, size: int, kept: int) -> list[Entry]:
     rows = language.config.vocab_size
-    changes = [f"rows {kept} to {rows - 1} dropped, they are of no token"] * (rows > kept)
+    changes = [f"rows {kept} to {rows - 1} of no token dropped"] * (rows > kept)
     changes += [f"{size - kept} rows of new tokens added"] * (size > kept)
     if not changes:
         return list(language.entries)
     return [
-        dataclasses.replace(entry, action="transformed", reason="; ".join(changes))
+        dataclasses.replace(entry, action="transformed", reason=" and ".join(changes))
         if entry.paths in ((_EMBEDDING,), (_HEAD,))
         else entry
         for entry in language.entries

@@ -2,26 +2,44 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
-from phantom_jax.checkpoints.arrays import Box, StoredArray, copy_into, layer_of
+from phantom_jax.checkpoints.arrays import Box, StoredArray, cast, copy_into, layer_of
 from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_folder
 from phantom_jax.errors import InputError
+from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
+from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.trees import flatten, unflatten
 
 # Tables of angles that old LLaMA files carry; they follow from the config.
 _DERIVED = "rotary_emb.inv_freq"
 BLOCK = 1 << 24
 """Elements of a block that is moved at once. Memory holds a few of them, whatever the size of the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a model was made from.
+
+    Attributes:
+      base: models, names on the Hub or folders.
+      data: data sets that it was trained on.
+    """
+
+    base: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -34,6 +52,8 @@ class Checkpoint:
       unused: tensors that the published file holds and no computation uses; same form.
       published: the outside layout it came from or goes to.
       tokens: special ids.
+      origin: what it was made from, as far as known.
+      entries: what became of every tensor of the files that it was read from.
     """
 
     config: VisionLanguageConfig
@@ -41,6 +61,34 @@ class Checkpoint:
     unused: Any
     published: hf_config.Published
     tokens: hf_config.TokenIds
+    origin: Origin = Origin()
+    entries: tuple[Entry, ...] = ()
+
+    def flat(self) -> dict[str, Any]:
+        """All arrays by path, `params/...` and `unused/...`."""
+        return flatten({"params": self.params, "unused": self.unused})
+
+    def with_flat(self, flat: Mapping[str, Any]) -> "Checkpoint":
+        """The same with other arrays."""
+        trees = unflatten(flat)
+        return dataclasses.replace(self, params=trees["params"], unused=trees.get("unused", {}))
+
+    @property
+    def dtype(self) -> str:
+        """That of the largest array, by PyTorch's name; of quantised kernels their kind."""
+        largest = max(self.flat().values(), key=lambda array: math.prod(array.shape))
+        return largest.kind if isinstance(largest, QuantizedTensor) else str(np.dtype(largest.dtype))
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, the unused ones included."""
+        return sum(math.prod(array.shape) for array in self.flat().values())
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays as they are stored."""
+        leaves = jax.tree.leaves(self.flat())
+        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def parameter_shapes(config: VisionLanguageConfig) -> Any:
@@ -72,12 +120,20 @@ def shapes(config: VisionLanguageConfig) -> dict[str, tuple[int, ...]]:
     return used | unused
 
 
-def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    open_files: Callable[[pathlib.Path], TensorFiles] = TensorFiles.of_folder,
+    dtype: Any = None,
+    tower: tuple[VisionTowerConfig, Mapping[str, Any]] | None = None,
+) -> Checkpoint:
     """Opens a published checkpoint: headers are read and checked, tensors when they are asked for.
 
     Args:
-      directory: with `config.json` and safetensors.
+      directory: with `config.json`.
+      open_files: opens its weights.
       dtype: of all arrays; None leaves each as it is stored.
+      tower: config and arrays by path of the vision tower of an original LLaVA that leaves it out.
 
     Raises:
       InputError: the layout is not known, or tensors are missing, extra or misshapen: all of them are listed.
@@ -85,18 +141,49 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
     directory = pathlib.Path(directory)
     vision_path = directory / "vision_config.json"
     vision_config = read_json(vision_path) if vision_path.is_file() else None
-    config, published, tokens = hf_config.read(read_json(directory / "config.json"), vision_config)
-    rows, ours, files = table(config, published), shapes(config), TensorFiles.of_folder(directory)
+    content = read_json(directory / "config.json")
+    config, published, tokens = hf_config.read(content, vision_config, None if tower is None else tower[0])
+    files = open_files(directory)
+    generation = directory / "generation_config.json"
+    inside = published.format != "llava-original" or any(names.TOWER in name for name in files.names())
+    published = dataclasses.replace(
+        published, tower_inside=inside, generation_config=read_json(generation) if generation.is_file() else {}
+    )
+    if inside == (tower is not None):
+        raise InputError(
+            f"{directory} holds its vision tower: leave --vision out"
+            if inside
+            else f"{directory} leaves its vision tower out: give the folder of {content.get('mm_vision_tower')} as "
+            "--vision to convert, and load what that writes"
+        )
+    rows, ours = table(config, published), shapes(config)
     constants = _constants(config, published)
-    check_rows(rows, ours, files, str(directory), constants=constants)
+    derived = check_rows(rows, ours, files, str(directory), constants=constants)
     for name, constant in constants.items():
         if files.read(name).tobytes() != np.asarray(constant[...], files.dtype(name)).tobytes():
             raise InputError(
                 f"{files.path(name)} holds a projector of two linear maps without activation, the second ({name}) not "
                 "the identity: fold it into the first"
             )
-    trees = unflatten(read_rows(rows, ours, files, dtype))
-    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
+    arrays = read_rows(rows, ours, files, dtype)
+    if tower is not None:
+        arrays |= {path: array if dtype is None else cast(array, np.dtype(dtype)) for path, array in tower[1].items()}
+    trees = unflatten(arrays)
+    entries = [
+        *(entry(row, name, files, dtype) for row in rows for name in row.names()),
+        *(Entry(name, (), "dropped", "follows from the config") for name in derived),
+        *(Entry(name, (), "dropped", "the identity behind a linear projector") for name in constants),
+    ]
+    origin = Origin(base=(str(content.get("_name_or_path") or directory.resolve().name),))
+    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, tuple(entries))
+
+
+def entry(row: names.Row, name: str, files: TensorFiles, dtype: Any = None) -> Entry:
+    """What becomes of a tensor that a table has."""
+    stored = files.dtype(name)
+    if dtype is None or stored == np.dtype(dtype):
+        return Entry(name, row.paths, "kept")
+    return Entry(name, row.paths, "transformed", f"{stored} to {np.dtype(dtype)}")
 
 
 def read_rows(

@@ -32,6 +32,7 @@ class Published:
       config: the `config.json` it came from; empty for a model that was made here.
       vision_config: the tower's own file beside it (original LLaVA).
       tower_inside: whether the file holds the vision tower; only an original LLaVA may leave it out.
+      generation_config: the `generation_config.json` beside it.
     """
 
     format: str
@@ -39,6 +40,7 @@ class Published:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vision_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tower_inside: bool = True
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def publish(config: VisionLanguageConfig, layout: str | None = None) -> Published:
@@ -253,7 +255,8 @@ def detect_format(config: Mapping[str, Any]) -> str:
     if kind == "phantom":
         return "phantom"
     if kind in ("llava", "llava_llama"):
-        return "llava-original" if "mm_vision_tower" in config else "llava-hf"
+        original = "mm_vision_tower" in config or "LlavaLlamaForCausalLM" in (config.get("architectures") or ())
+        return "llava-original" if original else "llava-hf"
     raise InputError(
         f"config.json has model_type={kind!r}: checkpoints of Phantom (phantom), llava-hf and the original LLaVA "
         "(llava, llava_llama) are supported"
@@ -261,13 +264,16 @@ def detect_format(config: Mapping[str, Any]) -> str:
 
 
 def read(
-    config: Mapping[str, Any], vision_config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    vision_config: Mapping[str, Any] | None = None,
+    tower: VisionTowerConfig | None = None,
 ) -> tuple[VisionLanguageConfig, Published, TokenIds]:
     """Reads a `config.json`.
 
     Args:
       config: its content.
       vision_config: content of `vision_config.json` beside it, for an original LLaVA.
+      tower: the vision tower of an original LLaVA, where that comes from elsewhere.
 
     Raises:
       InputError: it describes something else, or something that is not supported.
@@ -278,7 +284,7 @@ def read(
             return _read_phantom(config)
         if layout == "llava-hf":
             return _read_llava_hf(config)
-        return _read_llava_original(config, vision_config)
+        return _read_llava_original(config, vision_config, tower)
     except InputError:
         raise
     except (AttributeError, TypeError, ValueError) as error:
@@ -335,20 +341,24 @@ def _read_llava_hf(config):
     return VisionLanguageConfig(vision, projector, decoder), Published("llava-hf", "llama", config), tokens
 
 
-def _read_llava_original(config, vision_config):
+def _read_llava_original(config, vision_config, tower):
     feature = config.get("mm_vision_select_feature", "patch")
     if feature != "patch":
         raise InputError(f"mm_vision_select_feature={feature!r}: only 'patch' (no class token) is supported")
     layer = config.get("mm_vision_select_layer", -2)
-    if vision_config:
+    name = str(config.get("mm_vision_tower"))
+    if tower is not None:
+        if layer != -1 - tower.unused_layers:
+            raise InputError(f"mm_vision_select_layer={layer}: a tower that is given is read at -2")
+        if "clip-vit-large-patch14" in name and ("336" in name) != (tower.image_size == 336):
+            raise InputError(f"the model reads images with {name}, the tower that is given is for {tower.image_size}")
+        vision = tower
+    elif vision_config:
         vision = read_clip(vision_config.get("vision_config", vision_config), layer)
+    elif "clip-vit-large-patch14" in name and layer == -2:
+        vision = zoo.clip_large(336 if "336" in name else 224)
     else:
-        tower = str(config["mm_vision_tower"])
-        if "clip-vit-large-patch14" not in tower or layer != -2:
-            raise InputError(
-                f"mm_vision_tower={tower!r} is not known here: put its vision_config.json beside config.json"
-            )
-        vision = zoo.clip_large(336 if "336" in tower else 224)
+        raise InputError(f"mm_vision_tower={name!r} is not known here: put its vision_config.json beside config.json")
     decoder = read_decoder(config, "llama", None, "config.json")
     kind = config.get("mm_projector_type", "linear")
     if kind not in ("linear", "mlp2x_gelu"):

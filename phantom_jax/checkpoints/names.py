@@ -297,13 +297,17 @@ def llava_hf_table(config: VisionLanguageConfig) -> list[Row]:
     )
 
 
+TOWER = "vision_tower.vision_tower.vision_model."
+"""Where an original LLaVA has its vision tower, if it does."""
+
+
 def llava_original_table(config: VisionLanguageConfig, *, tower: bool = True) -> list[Row]:
     """The original LLaVA, with or without the tower inside."""
     projector = {"linear_1": "model.mm_projector"}
     if config.projector.kind == "mlp2x_gelu":
         projector = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
     return (
-        (clip_rows(config.vision_tower, "model.vision_tower.vision_tower.vision_model.") if tower else [])
+        (clip_rows(config.vision_tower, "model." + TOWER) if tower else [])
         + projector_rows(config.projector, projector)
         + decoder_rows(config.language_model, "llama", "")
     )

@@ -11,10 +11,11 @@ import numpy as np
 
 from phantom_jax.checkpoints import orbax_stream
 from phantom_jax.checkpoints.arrays import cast
-from phantom_jax.checkpoints.hf import Checkpoint, shapes
+from phantom_jax.checkpoints.hf import Checkpoint, Origin, shapes
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
 from phantom_jax.checkpoints.quantized import join_fields, split_fields
 from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.errors import InputError
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig
@@ -69,6 +70,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     content = {
         "schema_version": _SCHEMA,
         **description(checkpoint.config, checkpoint.published, checkpoint.tokens),
+        "origin": dataclasses.asdict(checkpoint.origin),
         "quantization": quantization,
     }
     (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -104,7 +106,9 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
             raise InputError(f"{directory} holds {quantization} weights, they have no other dtype: leave dtype out")
         flat = {path: cast(leaf, np.dtype(dtype)) for path, leaf in flat.items()}
     trees = unflatten(flat)
-    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens)
+    origin = Origin(**{key: tuple(names) for key, names in content.get("origin", {}).items()})
+    entries = tuple(Entry("", (path,), "kept") for path in flat)
+    return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, entries)
 
 
 def _check(stored, expected, directory) -> None:

@@ -7,7 +7,6 @@ folder when all is done, so that every reader of Orbax checkpoints reads the res
 
 import collections
 import contextlib
-import itertools
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging
 
-from phantom_jax.checkpoints.arrays import Box, StoredArray
+from phantom_jax.checkpoints.arrays import Box, StoredArray, block_axis, boxes
 from phantom_jax.errors import InputError
 from phantom_jax.trees import flatten, unflatten
 
@@ -34,29 +33,12 @@ class _Leaf:
     def __init__(self, path: str, array: Any):
         self.path, self.array = path, array
         self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
+        self.chunk = _chunk(self.shape, self.dtype.itemsize)
 
-    @property
-    def layers(self) -> int:
-        """The first axis of a large array counts layers, or is cut like any other."""
-        return self.shape[0] if len(self.shape) > 2 else 1
-
-    def boxes(self, layer: int, chunk: tuple[int, ...]) -> Iterator[Box]:
-        """One layer in blocks that hold whole chunks."""
-        shape = self.shape
-        box = [slice(0, size) for size in shape]
-        if not shape:
-            yield ()
-            return
-        stacked = len(shape) > 2
-        if stacked:
-            box[0] = slice(layer, layer + 1)
-        axis = getattr(self.array, "block_axis", 0)
-        axis = max(axis, 1) if stacked else axis
-        width = math.prod(part.stop - part.start for part in box) // shape[axis] * self.dtype.itemsize
-        step = max(BLOCK_BYTES // max(width, 1) // chunk[axis], 1) * chunk[axis]
-        for start in range(0, shape[axis], step):
-            box[axis] = slice(start, min(start + step, shape[axis]))
-            yield tuple(box)
+    def boxes(self) -> Iterator[Box]:
+        """Blocks that hold whole chunks."""
+        step = self.chunk[block_axis(self.array)] if self.shape else 1
+        return boxes(self.array, BLOCK_BYTES, step)
 
 
 def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -91,20 +73,16 @@ class _Handler(ocp.type_handlers.TypeHandler):
         waiting: collections.deque[tuple[Any, int]] = collections.deque()
         flying = 0
         # Arrays of one quantised kernel go layer by layer together, so that each layer is quantised once.
-        for _, members in itertools.groupby(sorted(leaves, key=lambda leaf: leaf.path), key=_kernel_of):
-            group = list(members)
-            for layer in range(group[0].layers):
-                for leaf in group:
-                    for box in leaf.boxes(layer, _chunk(leaf.shape, leaf.dtype.itemsize)):
-                        block = np.asarray(leaf.array[box])
-                        store = stores[leaf.path][box] if box else stores[leaf.path]
-                        written = store.write(block, can_reference_source_data_indefinitely=True)
-                        waiting.append((written, block.nbytes))
-                        flying += block.nbytes
-                        while flying > _IN_FLIGHT_BYTES:
-                            oldest, size = waiting.popleft()
-                            await oldest
-                            flying -= size
+        work = ((leaf, box) for leaf in leaves for box in leaf.boxes())
+        for leaf, box in sorted(work, key=lambda item: (_kernel_of(item[0]), item[1][0].start if item[1] else 0)):
+            block = np.asarray(leaf.array[box])
+            written = stores[leaf.path][box].write(block, can_reference_source_data_indefinitely=True)
+            waiting.append((written, block.nbytes))
+            flying += block.nbytes
+            while flying > _IN_FLIGHT_BYTES:
+                oldest, size = waiting.popleft()
+                await oldest
+                flying -= size
         for written, _ in waiting:
             await written
 
@@ -119,7 +97,7 @@ async def _create(leaf: _Leaf, info: Any) -> tensorstore.TensorStore:
         info,
         use_ocdbt=info.is_ocdbt_checkpoint,
         global_shape=leaf.shape,
-        local_shape=_chunk(leaf.shape, leaf.dtype.itemsize),
+        local_shape=leaf.chunk,
         dtype=leaf.dtype,
         process_index=jax.process_index(),
     )

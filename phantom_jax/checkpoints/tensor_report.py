@@ -30,6 +30,17 @@ class Entry:
             raise ValueError(f"{self.name or self.paths} is {self.action!r}: use one of {', '.join(ACTIONS)}")
 
 
+def changed(entries: Iterable[Entry], paths: Iterable[str], reason: str) -> tuple[Entry, ...]:
+    """The entries, those of some parameters with one more reason for being transformed."""
+    paths = set(paths)
+    return tuple(
+        dataclasses.replace(entry, action="transformed", reason="; ".join(filter(None, (entry.reason, reason))))
+        if paths.intersection(entry.paths) and entry.action != "fresh"
+        else entry
+        for entry in entries
+    )
+
+
 def summary(entries: Iterable[Entry]) -> str:
     """One line with the count of each action, and of each reason of what was not kept."""
     reasons: dict[str, collections.Counter[str]] = {action: collections.Counter() for action in ACTIONS}
@@ -39,7 +50,7 @@ def summary(entries: Iterable[Entry]) -> str:
     for action, counts in reasons.items():
         if not counts:
             continue
-        said = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason and action != "kept")
+        said = ", ".join(f"{reason}: {count}" for reason, count in counts.items() if reason and action != "kept")
         parts.append(f"{counts.total()} {action}" + (f" ({said})" if said else ""))
     return "tensors: " + ("; ".join(parts) or "none")
 

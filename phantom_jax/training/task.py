@@ -56,7 +56,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     """
     from flax.linen import meta
 
-    from phantom_jax import pretrained
+    from phantom_jax.checkpoints import model_folder
     from phantom_jax.checkpoints.hf import Checkpoint
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
     from phantom_jax.data import pipeline, sources
@@ -115,7 +115,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
         params = cast(params, config["model"]["dtype"])
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens)
-        pretrained.write(checkpoint, processor, folder)
+        model_folder.write(checkpoint, processor, folder)
 
     return Task(init_params, score, train_iterator, validation_batches, export)
 

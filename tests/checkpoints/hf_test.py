@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from phantom_jax import pretrained
-from phantom_jax.checkpoints import hf, hf_config, native
+from phantom_jax.checkpoints import hf, hf_config, model_folder, native
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from tests.models import small
@@ -152,8 +152,8 @@ def test_a_model_made_here_becomes_a_published_phantom(tmp_path):
     model, params = small.init(config)
     tokens = hf_config.TokenIds(image=60, eos=(2,))
     checkpoint = hf.Checkpoint(config, params, {}, hf_config.publish(config), tokens)
-    pretrained.write(checkpoint, None, tmp_path / "out", format="phantom")
-    again, _ = pretrained.read(tmp_path / "out")
+    model_folder.write(checkpoint, None, tmp_path / "out", format="phantom")
+    again, _ = model_folder.read(tmp_path / "out")
     assert again.config == config and again.published.language_model == "qwen2"
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
@@ -176,7 +176,7 @@ def test_all_wrong_tensors_are_listed(golden, tmp_path):
 
 
 def test_all_wrong_arrays_of_our_format_are_listed(golden, tmp_path):
-    checkpoint, _ = pretrained.read(golden / "phantom-0.5b")
+    checkpoint, _ = model_folder.read(golden / "phantom-0.5b")
     checkpoint.params["projector"]["stray"] = np.zeros(3, np.float32)
     del checkpoint.params["projector"]["norm"]
     checkpoint.params["language_model"]["embedding"] = np.zeros((5, 64), np.float32)

@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 
-from phantom_jax import pretrained
-from phantom_jax.checkpoints import pickled
+from phantom_jax.checkpoints import model_folder, pickled
 from phantom_jax.errors import InputError
 
 
@@ -167,6 +166,6 @@ def test_without_being_allowed_nothing_is_unpickled(golden, tmp_path):
     (tmp_path / "config.json").write_bytes((golden / "llava-hf" / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Canary(canary)}))
     with pytest.raises(InputError):
-        pretrained.read(tmp_path)
+        model_folder.read(tmp_path)
     assert not canary.exists()
     assert "--allow_pickle" in pickled.NOT_ALLOWED and "safetensors" in pickled.NOT_ALLOWED

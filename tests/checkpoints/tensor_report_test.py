@@ -14,7 +14,7 @@ ENTRIES = [
 
 def test_summary_counts_actions_and_reasons():
     assert tensor_report.summary(ENTRIES) == (
-        "tensors: 1 kept; 1 fresh (1 no projector given); 3 dropped (2 follow from the config, 1 is not the tower's)"
+        "tensors: 1 kept; 1 fresh (no projector given: 1); 3 dropped (follow from the config: 2, is not the tower's: 1)"
     )
     assert tensor_report.summary([]) == "tensors: none"
 

@@ -1,0 +1,236 @@
+"""Folders that hold a model: recognised by their content, opened without reading, written whole or not at all."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from phantom_jax.checkpoints import hf, native, pickled, tensor_report
+from phantom_jax.checkpoints.generation_config import generation_config
+from phantom_jax.checkpoints.hf import Checkpoint
+from phantom_jax.checkpoints.hf_config import FORMATS
+from phantom_jax.checkpoints.hf_processor import load_processor
+from phantom_jax.checkpoints.model_card import model_card
+from phantom_jax.checkpoints.parents import read_vision_tower
+from phantom_jax.checkpoints.published_processor import save_published
+from phantom_jax.checkpoints.tensor_files import INDEX, WEIGHTS, TensorFiles, read_json
+from phantom_jax.errors import InputError
+from phantom_jax.processor import Processor
+
+REPORT = "conversion_report.tsv"
+
+_GENERATION = "generation_config.json"
+_LOCK = ".lock"
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    template: str | None = None,
+    dtype: Any = None,
+    scratch: pathlib.Path | None = None,
+    vision: str | os.PathLike[str] | None = None,
+) -> tuple[Checkpoint, Processor | None]:
+    """Opens a model folder of any layout; its arrays are read when they are asked for.
+
+    Args:
+      path: the folder.
+      template: name of the conversation template, of a folder that remembers none; see `hf_processor.load_processor`.
+      dtype: of all arrays; None leaves each as it is stored.
+      scratch: an existing folder for what pickled weights are turned into, to be kept as long as the model is in use;
+        None refuses them.
+      vision: folder of the vision tower, for an original LLaVA that leaves it out.
+
+    Raises:
+      InputError: there is no model in the folder, it is not complete, or it is not supported.
+    """
+    directory = pathlib.Path(path)
+    if not directory.is_dir():
+        raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
+    if (directory / native.CONFIG).is_file():
+        checkpoint = native.load(directory, dtype=dtype)
+    elif (directory / "config.json").is_file():
+        if "phases" in read_json(directory / "config.json"):
+            raise InputError(
+                f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, "
+                f"which appears when all phases are done, or one of {directory / 'models'}"
+            )
+        opened = functools.partial(open_tensors, scratch=scratch)
+        tower = None if vision is None else read_vision_tower(vision, open_files=opened)
+        parts = None if tower is None else (tower.config, tower.arrays)
+        checkpoint = hf.load(directory, open_files=opened, dtype=dtype, tower=parts)
+        if tower is not None:
+            checkpoint = dataclasses.replace(checkpoint, entries=(*checkpoint.entries, *tower.entries))
+    else:
+        raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
+    processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
+    return checkpoint, processor
+
+
+def open_tensors(path: pathlib.Path, scratch: pathlib.Path | None) -> TensorFiles:
+    """Opens the weights of a folder, or one file of them; pickled ones go to `scratch` as safetensors first.
+
+    Raises:
+      InputError: there are none, they are damaged, or they are pickled and there is no scratch folder.
+    """
+    if path.is_dir():
+        pickles = pickled.weight_files(path)
+        if (path / WEIGHTS).is_file() or (path / INDEX).is_file() or not pickles:
+            return TensorFiles.of_folder(path)
+    elif path.suffix == ".safetensors":
+        return TensorFiles([path])
+    elif path.suffix in (".bin", ".pt", ".pth"):
+        pickles = [path]
+    else:
+        raise InputError(f"{path} is no folder, no .safetensors file and no .bin file")
+    if scratch is None:
+        raise InputError(f"{path}: {pickled.NOT_ALLOWED}")
+    place = scratch / str(len(list(scratch.iterdir())))
+    place.mkdir()
+    return TensorFiles(pickled.to_safetensors(pickles, place))
+
+
+def write(
+    checkpoint: Checkpoint,
+    processor: Processor | None,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "ours",
+    metrics: Mapping[str, float] | None = None,
+    report: bool = False,
+) -> None:
+    """Writes a model folder of a layout; it appears complete or not at all.
+
+    Args:
+      checkpoint: the model; its published layout is that of `format`, or `format` is `ours`.
+      processor: written beside it, where there is one.
+      path: a new or empty folder.
+      format: `ours`, `phantom`, `llava-hf` or `llava-original`.
+      metrics: for the model card.
+      report: whether `REPORT` is written too: what became of every tensor.
+
+    Raises:
+      InputError: the folder holds something, the format cannot express the model, or the disk is full.
+    """
+    check_new(path)
+    check_format(format)
+    with appearing(path, needed=checkpoint.nbytes) as scratch:
+        if format == "ours":
+            native.save(checkpoint, scratch)
+        else:
+            hf.save(checkpoint, scratch)
+            source = checkpoint.published.generation_config
+            settings = generation_config(checkpoint.tokens, source=source)
+            (scratch / _GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            card = model_card(
+                checkpoint.config,
+                checkpoint.published,
+                format,
+                name=pathlib.Path(path).name,
+                dtype=checkpoint.dtype,
+                template=None if processor is None else processor.template,
+                base=checkpoint.origin.base,
+                data=checkpoint.origin.data,
+                metrics=metrics,
+            )
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+        if report:
+            tensor_report.write(checkpoint.entries, scratch / REPORT)
+        if processor is not None:
+            processor.save(scratch)
+            if format != "ours":
+                save_published(processor, scratch, layout=format, config=checkpoint.config)
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a model in our own layout."""
+    return (pathlib.Path(path) / native.CONFIG).is_file()
+
+
+def check_format(format: str) -> None:
+    """Raises an `InputError` where no model folder has this format."""
+    if format != "ours" and format not in FORMATS:
+        raise InputError(f"format {format!r} does not exist: use ours, {', '.join(FORMATS)}")
+
+
+def check_new(path: str | os.PathLike[str]) -> None:
+    """Raises an `InputError` where there is something already."""
+    target = pathlib.Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{str(path)!r} exists and is not an empty folder: nothing was written, choose a new one")
+
+
+@contextlib.contextmanager
+def appearing(path: str | os.PathLike[str], *, needed: int = 0) -> Iterator[pathlib.Path]:
+    """A folder beside the target to write into; it becomes the target when all went well, else it is removed.
+
+    What a killed process left there is removed by the next one that writes the same target.
+
+    Args:
+      path: the target, new or empty.
+      needed: bytes that will be written, as far as known.
+
+    Raises:
+      InputError: another process is writing the target, or the disk is full.
+    """
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / f".{target.name}.partial"
+    scratch.mkdir(exist_ok=True)
+    lock = (scratch / _LOCK).open("w")
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {str(path)!r}: wait for it, or choose a new folder") from None
+        _empty(scratch)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise InputError(
+                f"{str(path)!r} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: nothing was "
+                "written, make room or choose another disk"
+            )
+        try:
+            yield scratch
+            (scratch / _LOCK).unlink()
+            if target.exists():
+                target.rmdir()
+            scratch.rename(target)
+            _sync(target.parent)
+        except BaseException as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if _disk_is_full(error):
+                raise InputError(
+                    f"the disk of {str(path)!r} became full: nothing was left there, make room or choose another disk"
+                ) from error
+            raise
+    finally:
+        lock.close()
+
+
+def _empty(directory: pathlib.Path) -> None:
+    for entry in directory.iterdir():
+        if entry.name != _LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # Tensorstore passes on what the system said, in words.
+    return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def _sync(directory: pathlib.Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""Whether a model that was written is the model that was read: bytes, logits of transformers, an answer."""
+
+import hashlib
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from phantom_jax import pretrained
+from phantom_jax.checkpoints import model_folder
+from phantom_jax.checkpoints.arrays import boxes
+from phantom_jax.checkpoints.hf import Checkpoint
+from phantom_jax.checkpoints.quantized import split_fields
+from phantom_jax.checkpoints.tensor_files import read_json
+
+_BLOCK_BYTES = 1 << 26
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+"""Largest difference of two logits whose spread is about 1 to 10, for weights of a dtype; sums run in another order."""
+
+
+def verify(checkpoint: Checkpoint, target: str, *, source: str | None) -> list[str]:
+    """Reads back what was written.
+
+    Every array is compared, bit by bit. Where the source or the target is a `llava-hf`, transformers computes its
+    logits too; where it is a Phantom, which transformers cannot load, an answer is printed for the eye.
+
+    Args:
+      checkpoint: what was to be written, as it is read from the source.
+      target: folder that was written.
+      source: folder that was read, if it was one.
+
+    Returns:
+      Lines that say what was found.
+
+    Raises:
+      RuntimeError: an array or a logit differs.
+    """
+    written, processor = model_folder.read(target)
+    differing = differences(checkpoint.flat(), written.flat())
+    if written.config != checkpoint.config:
+        differing.append(f"the config is {written.config} and not {checkpoint.config}")
+    if differing:
+        raise RuntimeError(f"what was written to {target!r} reads back differently: {'; '.join(differing)}")
+    arrays, _ = split_fields(written.flat())
+    lines = [f"read back: {len(arrays)} arrays, {written.size:,} parameters, all equal; sha256 {digest(arrays)[:16]}"]
+    folder = next((path for path in (source, target) if path and _is_llava_hf(path)), None)
+    if folder is not None:
+        lines.append(_against_transformers(folder, target))
+    if written.config.language_model.phantom is not None:
+        if processor is None:
+            lines.append("no answer: the folder has no tokenizer")
+        else:
+            model = pretrained.load(target)
+            question = "What is in the image?"
+            image = _image(model.processor.tile_size)
+            lines.append(f"{question} {model.generate(question, images=[image], max_new_tokens=32)!r}")
+    return lines
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
+    """Which of two sets of arrays by name differ in presence, shape, dtype or any bit; empty when none."""
+    left, right = split_fields(left)[0], split_fields(right)[0]
+    found = [f"{name} is on one side only" for name in sorted(left.keys() ^ right.keys())]
+    for name in sorted(left.keys() & right.keys()):
+        first, second = left[name], right[name]
+        if (first.shape, first.dtype) != (second.shape, second.dtype):
+            found.append(f"{name} is {first.dtype}{list(first.shape)} and {second.dtype}{list(second.shape)}")
+        elif any(
+            np.asarray(first[box]).tobytes() != np.asarray(second[box]).tobytes() for box in boxes(first, _BLOCK_BYTES)
+        ):
+            found.append(f"{name} has other values")
+    return found
+
+
+def digest(arrays: Mapping[str, Any]) -> str:
+    """sha256 of names, shapes, dtypes and bytes, in the order of the names and of each array's layers."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        total.update(f"{name} {list(array.shape)} {np.dtype(array.dtype)}\n".encode())
+        # Along the first axis, whatever order the array is stored in: the same numbers give the same digest.
+        for part in range(len(array)) if array.ndim else ((),):
+            total.update(np.ascontiguousarray(array[part]).view(np.uint8).tobytes())
+    return total.hexdigest()
+
+
+def _is_llava_hf(path: str) -> bool:
+    config = pathlib.Path(path) / "config.json"
+    return config.is_file() and "text_config" in read_json(config)
+
+
+def _image(size: int) -> Any:
+    from PIL import Image
+
+    across, down = np.meshgrid(np.linspace(0, 255, size), np.linspace(0, 255, size))
+    return Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
+
+
+def _against_transformers(folder: str, target: str) -> str:
+    """Compares logits of a prompt with an image: transformers' of `folder`, ours of `target`."""
+    if importlib.util.find_spec("torch") is None:
+        return "logits not compared with transformers: PyTorch is not there, pip install torch"
+    import jax.numpy as jnp
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    model = pretrained.load(target)
+    config = model.model.config
+    dtype = str(np.dtype(model.model.dtype))
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    count = config.tokens_per_tile
+    image_id = theirs.config.image_token_index
+    rng = np.random.default_rng(0)
+    words = rng.integers(3, min(image_id, config.language_model.vocab_size) - 1, 24)
+    ids = np.concatenate([words[:4], np.full(count, image_id), words[4:]])[None]
+    size = config.vision_tower.image_size
+    pixels = rng.standard_normal((1, size, size, 3)).astype(np.float32)
+    with torch.no_grad():
+        output = theirs(
+            input_ids=torch.tensor(ids),
+            pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)).to(getattr(torch, dtype)),
+        )
+    length = ids.shape[1]
+    slots = np.full(length, -1)
+    slots[4 : 4 + count] = np.arange(count)
+    batch = {
+        "token_ids": jnp.asarray(np.where(slots >= 0, 0, ids[0])[None]),
+        "positions": jnp.arange(length)[None],
+        "segment_ids": jnp.ones((1, length), jnp.int32),
+        "pixels": jnp.asarray(pixels)[None],
+        "image_slots": jnp.asarray(slots)[None],
+    }
+    ours = model.model.apply({"params": model.params}, batch, rope_length=length)
+    words_only = slots < 0
+    ours = np.asarray(ours, np.float32)[0, words_only]
+    reference = output.logits.float().numpy()[0, words_only, : ours.shape[-1]]
+    ours = ours[:, : reference.shape[-1]]
+    worst, same = np.abs(ours - reference).max(), int((ours.argmax(-1) == reference.argmax(-1)).sum())
+    said = f"logits of {len(ours)} tokens against transformers: largest difference {worst:.2g}, {same} likeliest equal"
+    if not worst <= _TOLERANCE[dtype] * max(1.0, float(reference.std())):
+        raise RuntimeError(f"{said}; that is more than rounding in {dtype} explains")
+    return said
