@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Lints and tests. `launch/test.sh` needs nothing but Python; `--parity` also installs PyTorch (CPU) and bitsandbytes
-# and compares with them. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
+# Lints and tests. `launch/test.sh` needs nothing but Python; `--parity` also installs PyTorch (CPU), bitsandbytes
+# and PEFT and compares with them. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 torch_version=2.13.0
-bitsandbytes_version=0.50.2
+# PEFT imports the last two.
+peers=(bitsandbytes==0.50.2 peft==0.21.2 accelerate==1.15.0 psutil==7.2.2)
 
 # A CPU build of PyTorch is 20 times smaller than the default one of Linux, but lives on an index of its own. The first
 # try costs a second and finds it wherever pip is already set up to; the last takes whatever the usual index has.
@@ -22,15 +23,19 @@ install_torch() {
     fail "PyTorch $torch_version could not be installed; run without --parity, or install it yourself."
 }
 
-# Without its dependencies: the one that matters is PyTorch, and that is there.
-install_bitsandbytes() {
-  if python -c "import sys; from importlib.metadata import version; \
-    sys.exit(version('bitsandbytes') != '$bitsandbytes_version')" 2>/dev/null; then
+# Without their dependencies: the one that matters is PyTorch, and that is there; the others are listed here.
+install_peers() {
+  local peer missing=()
+  for peer in "${peers[@]}"; do
+    python -c "import sys; from importlib.metadata import version; \
+      sys.exit(version('${peer%==*}') != '${peer#*==}')" 2>/dev/null || missing+=("$peer")
+  done
+  if [[ ${#missing[@]} -eq 0 ]]; then
     return
   fi
-  printf 'installing bitsandbytes %s for the parity tests\n' "$bitsandbytes_version"
-  python -m pip install --quiet --disable-pip-version-check --no-deps "bitsandbytes==$bitsandbytes_version" ||
-    fail "bitsandbytes $bitsandbytes_version could not be installed; run without --parity, or install it yourself."
+  printf 'installing %s for the parity tests\n' "${missing[*]}"
+  python -m pip install --quiet --disable-pip-version-check --no-deps "${missing[@]}" ||
+    fail "${missing[*]} could not be installed; run without --parity, or install them yourself."
 }
 
 parity=false
@@ -55,7 +60,7 @@ printf '== tests\n'
 pytest=(python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadscope)
 if [[ "$parity" == true ]]; then
   install_torch
-  install_bitsandbytes
+  install_peers
 else
   pytest+=(--ignore=tests/parity)
 fi

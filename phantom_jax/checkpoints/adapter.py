@@ -47,7 +47,8 @@ class Adapter:
       published: the outside layout of that model; PEFT's names follow from it.
       tokens: special ids of that model.
       low_rank: by path of the kernel, `params/language_model/layers/attention/query/kernel`.
-      others: parameters that were trained in full, by path, in their form in the model.
+      others: parameters that come whole, by path, in their form in the model: they were trained in full, or PEFT put a
+        head that it adapts beside its factors. They replace those of the model before the low-rank changes.
       dropout: on the input of A, in training.
       rank_stabilized: whether the update is scaled by alpha / sqrt(r).
       base: name or folder of that model, for whoever loads the adapter elsewhere; empty where it is not known.
@@ -90,6 +91,8 @@ class Adapter:
           InputError: one does not fit.
         """
         shapes = hf.shapes(self.config)
+        if not self.low_rank and not self.others:
+            raise InputError(f"{where} changes nothing: it holds neither low-rank factors nor whole parameters")
         for path, array in self.others.items():
             if tuple(array.shape) != shapes.get(path):
                 raise InputError(f"{where} holds {path} as {list(array.shape)}, the model has {shapes.get(path)}")
@@ -130,24 +133,23 @@ def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
     flat = flatten({"params": base.params, "unused": base.unused})
     if any(isinstance(leaf, QuantizedTensor) for leaf in flat.values()):
         raise InputError("the base is quantised: merge into the 16-bit model that it was made from")
-    shapes = hf.shapes(adapter.config)
-    touched = [*adapter.low_rank, *adapter.others]
-    unfit = [path for path in touched if path not in flat or tuple(flat[path].shape) != shapes[path]]
-    if unfit:
-        path = unfit[0]
-        found = list(flat[path].shape) if path in flat else "absent"
-        raise InputError(
-            f"the adapter is for another model: {len(unfit)} of its {len(touched)} parameters do not fit, {path} is "
-            f"{list(shapes[path])} there and {found} here. Give the model that it was trained on"
-            + (f", {adapter.base}" if adapter.base else "")
-        )
+    adapter.check("the adapter")
+    touched = {*adapter.low_rank, *adapter.others}
+    for path, shape in hf.shapes(adapter.config).items():
+        if path in touched or path.startswith(("params/language_model/", "params/projector/")):
+            found = tuple(flat[path].shape) if path in flat else None
+            if found != shape:
+                raise InputError(
+                    f"the adapter is for another model: {path} is {shape} there and {found or 'absent'} here. Give the "
+                    f"model that it was trained on{', ' + adapter.base if adapter.base else ''}"
+                )
+    for path, whole in adapter.others.items():
+        flat[path] = cast(whole, flat[path].dtype)
     for path, change in adapter.low_rank.items():
         scalings = [
             adapter.scaling(*pair) if pair[0] else 0.0 for pair in zip(change.ranks, change.alphas, strict=True)
         ]
         flat[path] = _changed(flat[path], change, scalings, in_layers(path))
-    for path, whole in adapter.others.items():
-        flat[path] = cast(whole, flat[path].dtype)
     trees = unflatten(flat)
     return dataclasses.replace(base, params=trees["params"], unused=trees.get("unused", {}))
 

@@ -64,7 +64,7 @@ def parse(name: str) -> Key:
     match = _LORA.fullmatch(inner)
     if match:
         return Key(name, match["module"], match["factor"])
-    return Key(name, re.sub(r"\.modules_to_save(\.default)?\.", ".", inner))
+    return Key(name, re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", inner))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -341,22 +341,26 @@ def published_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
     if missing:
         raise InputError(f"the model lacks parameters, nothing was written: {', '.join(missing)}")
     for row in rows:
-        arrays = [flat[path] for path in row.paths]
-        dtypes = {str(array.dtype) for array in arrays}
-        if len(dtypes) > 1:
-            raise InputError(
-                f"{row.name} packs {', '.join(row.paths)} of dtypes {', '.join(sorted(dtypes))}: cast them"
-            )
-        skip = 0 if row.layers is None else 1
-        layout = row.transform.layout([tuple(array.shape[skip:]) for array in arrays])
-        for layer, name in enumerate(row.names()):
-            yield Tensor(
-                name, layout.shape, np.dtype(arrays[0].dtype), _blocks(layout, arrays, layer if skip else None)
-            )
+        yield from row_tensors(row, [flat[path] for path in row.paths])
     dtype = np.dtype(flat["params/projector/linear_1/kernel"].dtype)
     for name, constant in _constants(checkpoint.config, checkpoint.published).items():
         flat_layout = names.Transform().layout([constant.shape])
         yield Tensor(name, constant.shape, dtype, _blocks(flat_layout, [constant], None))
+
+
+def row_tensors(row: names.Row, arrays: Sequence[Any]) -> Iterator[Tensor]:
+    """The published tensors of one row, made of our arrays for its paths.
+
+    Raises:
+      InputError: the arrays have several dtypes.
+    """
+    dtypes = {str(array.dtype) for array in arrays}
+    if len(dtypes) > 1:
+        raise InputError(f"{row.name} packs {', '.join(row.paths)} of dtypes {', '.join(sorted(dtypes))}: cast them")
+    skip = 0 if row.layers is None else 1
+    layout = row.transform.layout([tuple(array.shape[skip:]) for array in arrays])
+    for layer, name in enumerate(row.names()):
+        yield Tensor(name, layout.shape, np.dtype(arrays[0].dtype), _blocks(layout, arrays, layer if skip else None))
 
 
 def _blocks(layout: names.Layout, arrays: Sequence[Any], layer: int | None) -> Any:

@@ -105,8 +105,8 @@ def _sort_out(keys: list[Key], files: TensorFiles, where: str) -> tuple[Pairs, d
     for module, pair in pairs.items():
         if len(pair) < 2:
             raise InputError(f"{where} holds {next(iter(pair.values()))} without the other factor of {module}")
-        (rank, _), (_, again) = a, b = files.shape(pair["A"])[:2], files.shape(pair["B"])[-2:]
-        if rank != again or not rank:
+        a, b = files.shape(pair["A"]), files.shape(pair["B"])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
             raise InputError(f"{where} holds for {module} factors of shapes {a} and {b}, which have no common rank")
     return pairs, whole
 
@@ -134,9 +134,6 @@ def _check_names(
             f"{where} holds {len(unknown)} tensors that the model has no place for: {_listed(unknown)}. Give the model "
             "that it was trained on"
         )
-    both = [pairs[parameter.removesuffix(".weight")]["A"] for parameter in whole if parameter[:-7] in pairs]
-    if both:
-        raise InputError(f"{where} holds whole weights beside low-rank ones: {_listed(both)}")
 
 
 def _check_complete(settings: Mapping[str, Any], pairs: Pairs, maps: list[Linear], where: str) -> None:

@@ -16,6 +16,8 @@ WEIGHTS = "adapter_model.safetensors"
 OTHERS = "non_lora_trainables.safetensors"
 """What LLaVA's code calls `non_lora_trainables.bin`: parameters trained in full. Pickles are never written."""
 
+# PEFT's name of a weight that it adapts, where it keeps that too: it does so for a head.
+_UNDER = ".base_layer.weight"
 _DEFAULTS = {
     "auto_mapping": None,
     "bias": "none",
@@ -56,14 +58,16 @@ def write(adapter: Adapter, directory: pathlib.Path) -> None:
         settings |= {key: _DEFAULTS[key] for key in ("exclude_modules", "layers_pattern", "layers_to_transform")}
         settings |= peft_config.settings_for(modules)
     others = list(_others(adapter, table))
-    if layout != "llava-original" and not all(peft_config.saved_whole(settings, tensor.name) for tensor in others):
-        settings["modules_to_save"] = _modules_to_save(table, {tensor.name for tensor in others})
+    under = [tensor for tensor in others if tensor.name.endswith(_UNDER)]
+    whole = [tensor for tensor in others if tensor not in under]
+    if layout != "llava-original" and not all(peft_config.saved_whole(settings, tensor.name) for tensor in whole):
+        settings["modules_to_save"] = _modules_to_save(table, {tensor.name for tensor in whole})
     settings |= {
         "base_model_name_or_path": adapter.base or None,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rank_stabilized,
     }
-    beside = [tensor for tensor in others if not peft_config.saved_whole(settings, tensor.name)]
+    beside = [tensor for tensor in whole if not peft_config.saved_whole(settings, tensor.name)]
     inside = [tensor for tensor in others if tensor not in beside]
     _write_json(directory / peft_config.CONFIG, settings)
     write_file(directory / WEIGHTS, _prefixed([tensor for _, tensors in packed for tensor in tensors] + inside))
@@ -93,22 +97,15 @@ def _others(adapter: Adapter, table: Sequence[names.Row]) -> Iterator[Tensor]:
             continue
         if len(there) < len(row.paths):
             raise InputError(f"{row.name} packs {', '.join(row.paths)}, only {', '.join(there)} was trained in full")
-        yield from hf.row_tensors(row, [adapter.others[path] for path in row.paths])
+        for tensor in hf.row_tensors(row, [adapter.others[path] for path in row.paths]):
+            under = any(path in adapter.low_rank for path in row.paths)
+            yield dataclasses.replace(tensor, name=tensor.name.removesuffix(".weight") + _UNDER) if under else tensor
 
 
 def _modules_to_save(table: Sequence[names.Row], trained: set[str]) -> list[str]:
-    """The largest modules all of whose parameters were trained: PEFT keeps modules, not parameters."""
-    parameters = [name for row in table for name in row.names()]
-    found = set()
-    for name in sorted(trained):
-        parts = name.split(".")
-        modules = [".".join(parts[:count]) for count in range(1, len(parts))]
-        whole = [
-            module
-            for module in modules
-            if all(other in trained for other in parameters if other.startswith(module + "."))
-        ]
-        if not whole:
-            raise InputError(f"{name} was trained in full, but not all of its module: PEFT has no form for that")
-        found.add(whole[0])
-    return sorted(found)
+    """The modules of parameters that were trained: PEFT keeps modules, not parameters."""
+    modules = {name.rpartition(".")[0] for name in trained}
+    absent = {name for row in table for name in row.names() if name.rpartition(".")[0] in modules} - trained
+    if absent:
+        raise InputError(f"{', '.join(sorted(absent))} would have to be trained in full too: PEFT keeps whole modules")
+    return sorted(modules)

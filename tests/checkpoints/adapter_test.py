@@ -176,8 +176,25 @@ def test_whole_modules_beside_the_factors(golden, tmp_path):
         "lm_head",
         "model.language_model.embed_tokens",
         *(f"model.language_model.layers.{layer}.input_layernorm" for layer in range(3)),
-        "model.multi_modal_projector",
+        "model.multi_modal_projector.linear_1",
+        "model.multi_modal_projector.linear_2",
     ]
+
+
+def test_a_head_that_comes_with_its_factors(golden, tmp_path):
+    """PEFT puts the weight of an adapted head beside them."""
+    base = golden / "llava-hf"
+    pairs = peft_folder.factors(base, lambda module: module.endswith("lm_head"))
+    head = peft_folder.weights(base)["language_model.lm_head.weight"] * 2
+    extra = {"base_model.model.lm_head.base_layer.weight": head}
+    source = peft_folder.write(tmp_path / "peft", pairs, rename=peft_folder.in_memory, extra=extra)
+    adapter = adapter_folder.read(source, hf.load(base))
+    ours = written(merge(hf.load(base), adapter))["language_model.lm_head.weight"]
+    ((a, b),) = pairs.values()
+    np.testing.assert_allclose(ours, head + 2 * (b @ a), rtol=0, atol=1e-4)
+    target = write(adapter, tmp_path / "again")
+    assert_same_files(target, source)
+    assert not json.loads((target / "adapter_config.json").read_text())["modules_to_save"]
 
 
 def test_ranks_and_alphas_by_pattern_and_missing_layers(golden, tmp_path):
@@ -269,6 +286,15 @@ def test_packed_kernels_have_one_scale(golden, tmp_path):
         write(adapter, tmp_path / "peft")
 
 
+def test_peft_keeps_whole_modules(golden, tmp_path):
+    checkpoint = hf.load(golden / "llava-hf")
+    kernel = {"params/projector/linear_1/kernel": checkpoint.params["projector"]["linear_1"]["kernel"]}
+    adapter = dataclasses.replace(trained(checkpoint, {"up": 2}), others=kernel)
+    with pytest.raises(InputError, match=r"linear_1.bias would have to be trained in full too"):
+        write(adapter, tmp_path / "peft")
+    write(adapter, tmp_path / "ours", "ours")
+
+
 def test_names_are_those_that_vllm_maps(golden, tmp_path):
     """vLLM strips `base_model.model.`, moves `model.language_model.` and takes modules by their last part. It takes
     neither whole modules nor patterns."""
@@ -324,7 +350,7 @@ def test_a_part_of_a_merged_kernel_is_that_part(golden):
 def test_merging_refuses(golden):
     checkpoint = hf.load(golden / "phantom-1.8b")
     adapter = trained(checkpoint, {"attention/query": 4})
-    with pytest.raises(InputError, match="the adapter is for another model: 1 of its 1 parameters"):
+    with pytest.raises(InputError, match=r"another model: params/language_model/.* Give the model .*, some/base"):
         merge(hf.load(golden / "llava-hf"), dataclasses.replace(adapter, base="some/base"))
     layers = checkpoint.params["language_model"]["layers"]
     layers["up"]["kernel"] = quantize(jnp.asarray(np.asarray(layers["up"]["kernel"])), "int8", inputs=1)
@@ -406,7 +432,6 @@ WRONG_TENSORS = {
         r"\(32, 4\), the model wants \(64, 4\)",
     ),
     "two adapters": ({f"{Q}.lora_A.other.weight": A, f"{Q}.lora_B.other.weight": B}, "keep one adapter"),
-    "whole and low": ({f"{Q}.weight": np.ones((64, 64), np.float32)}, "whole weights beside low-rank ones"),
     "whole in one layer": ({f"{Q.replace('q_', 'k_')}.weight": np.ones((64, 64), np.float32)}, "not in all layers"),
     "integers": ({f"{Q.replace('q_', 'k_')}.lora_A.weight": A.astype(np.int8)}, "as I8"),
 }
@@ -445,7 +470,7 @@ def test_folders_that_hold_no_adapter(golden, tmp_path):
     ("change", "message"),
     [
         ({"schema_version": 99}, "schema_version=99"),
-        ({"low_rank": {}}, "no adapter"),
+        ({"low_rank": {}}, "changes nothing"),
         ({"low_rank": {"params/language_model/layers/up/kernel": {"ranks": [2]}}}, "does not fit params/"),
         ({"low_rank": {"params/language_model/layers/up/kernel": {"ranks": [2], "alphas": [4]}}}, "ranks"),
         ({"model": {}}, "does not describe a model"),

@@ -1,9 +1,8 @@
-"""These tests compare with PyTorch and bitsandbytes. `launch/test.sh --parity` installs both; without PyTorch none is
-collected, and without bitsandbytes those of quantised weights are not."""
+"""These tests compare with PyTorch, bitsandbytes and PEFT. `launch/test.sh --parity` installs them; without PyTorch
+none is collected, and without one of the others those that need it are not."""
 
 import importlib.util
 
-if importlib.util.find_spec("torch") is None:
-    collect_ignore_glob = ["*_test.py"]
-elif importlib.util.find_spec("bitsandbytes") is None:
-    collect_ignore_glob = ["quantize_test.py"]
+NEEDED = {"torch": "*_test.py", "bitsandbytes": "quantize_test.py", "peft": "peft_test.py"}
+
+collect_ignore_glob = [tests for package, tests in NEEDED.items() if importlib.util.find_spec(package) is None]
