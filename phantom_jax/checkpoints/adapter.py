@@ -17,7 +17,6 @@ from phantom_jax.checkpoints.arrays import Box, StoredArray, cast
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.ops.quantize import QuantizedTensor
-from phantom_jax.trees import flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +105,7 @@ class Adapter:
                 or (*lead, a[-1]) != b[: stacked + 1]
                 or not len(change.ranks) == len(change.alphas) == layers
                 or a[-1] != max(change.ranks)
+                or a[-1] == 0
             ):
                 raise InputError(
                     f"{where} holds factors {list(a)} and {list(b)} of ranks {change.ranks} for {path}, which is "
@@ -130,7 +130,7 @@ def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
     Raises:
       InputError: the base is quantised, or the adapter is for another model.
     """
-    flat = flatten({"params": base.params, "unused": base.unused})
+    flat = base.flat()
     if any(isinstance(leaf, QuantizedTensor) for leaf in flat.values()):
         raise InputError("the base is quantised: merge into the 16-bit model that it was made from")
     adapter.check("the adapter")
@@ -150,8 +150,7 @@ def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
             adapter.scaling(*pair) if pair[0] else 0.0 for pair in zip(change.ranks, change.alphas, strict=True)
         ]
         flat[path] = _changed(flat[path], change, scalings, in_layers(path))
-    trees = unflatten(flat)
-    return dataclasses.replace(base, params=trees["params"], unused=trees.get("unused", {}))
+    return base.with_flat(flat)
 
 
 def _changed(kernel: Any, change: LowRank, scalings: list[float], stacked: bool) -> StoredArray:

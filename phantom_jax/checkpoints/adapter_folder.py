@@ -11,7 +11,10 @@ from phantom_jax.checkpoints import hf, hf_config, native, orbax_stream, peft_co
 from phantom_jax.checkpoints.adapter import Adapter, LowRank
 from phantom_jax.checkpoints.tensor_files import TensorFiles, read_json
 from phantom_jax.errors import InputError
+from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.trees import unflatten
+
+Model = tuple[VisionLanguageConfig, hf_config.Published, hf_config.TokenIds]
 
 CONFIG = "phantom_jax_adapter.json"
 FORMATS = ("ours", "peft")
@@ -39,7 +42,8 @@ def read(
     Args:
       directory: the folder, ours, PEFT's or LLaVA's; an intermediate `checkpoint-N` of LLaVA's code holds the factors
         alone, and is one of PEFT's.
-      base: the model that it adapts, of which only the description is read. Ours and LLaVA's folders carry one.
+      base: the model that it adapts, of which only the description is read; None takes the one that ours and LLaVA's
+        folders carry.
       scratch: an existing folder for what pickled tensors (`.bin`) are turned into, to be kept as long as the adapter
         is in use; None refuses them.
 
@@ -47,18 +51,17 @@ def read(
       InputError: there is no adapter, it is damaged or not supported, or it is for another model.
     """
     directory = pathlib.Path(directory)
+    model = None if base is None else (base.config, base.published, base.tokens)
     if (directory / CONFIG).is_file():
-        return _read_ours(directory)
+        return _read_ours(directory, model)
     if not (directory / peft_config.CONFIG).is_file():
         found = ", ".join(sorted(path.name for path in directory.iterdir())) if directory.is_dir() else "no folder"
         raise InputError(f"{directory} holds neither {CONFIG} nor {peft_config.CONFIG} (it holds {found})")
     settings = read_json(directory / peft_config.CONFIG)
-    if base is not None:
-        model = (base.config, base.published, base.tokens)
-    elif (directory / "config.json").is_file():
+    if model is None and (directory / "config.json").is_file():
         vision = directory / "vision_config.json"
         model = hf_config.read(read_json(directory / "config.json"), read_json(vision) if vision.is_file() else None)
-    else:
+    if model is None:
         raise InputError(
             f"{directory} has no config.json, as most adapters: give the model that it was trained on"
             + (f", {settings['base_model_name_or_path']}" if settings.get("base_model_name_or_path") else "")
@@ -111,7 +114,7 @@ def write(adapter: Adapter, directory: str | os.PathLike[str], *, format: str) -
     orbax_stream.save(directory.absolute() / _ARRAYS, unflatten(flat))
 
 
-def _read_ours(directory: pathlib.Path) -> Adapter:
+def _read_ours(directory: pathlib.Path, model: Model | None) -> Adapter:
     where, content = directory / CONFIG, read_json(directory / CONFIG)
     if content.get("schema_version") != _SCHEMA:
         raise InputError(
@@ -120,7 +123,8 @@ def _read_ours(directory: pathlib.Path) -> Adapter:
         )
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
-    model = native.described(content, where)
+    if model is None:
+        model = native.described(content, where)
     flat = orbax_stream.load(directory.absolute() / _ARRAYS)
     try:
         low_rank = {

@@ -45,6 +45,8 @@ def write(adapter: Adapter, directory: pathlib.Path) -> None:
     Raises:
       InputError: PEFT has no form for the adapter.
     """
+    if not adapter.low_rank:
+        raise InputError("the adapter has whole parameters alone: PEFT wants low-rank factors, merge it instead")
     layout = adapter.published.format
     known = adapter.naming is not None and NAMINGS[adapter.naming][0] == layout
     table = rows(adapter.config, adapter.published.language_model, adapter.naming if known else layout)

@@ -18,7 +18,6 @@ from phantom_jax.trees import flatten
 from tests.checkpoints import peft_folder
 
 FAMILIES = ["llava-hf", "llava-original", "phantom-0.5b", "phantom-1.8b", "phantom-3.8b"]
-HEADS = ("lm_head", "output")
 
 
 def naming(family):
@@ -293,6 +292,21 @@ def test_peft_keeps_whole_modules(golden, tmp_path):
     with pytest.raises(InputError, match=r"linear_1.bias would have to be trained in full too"):
         write(adapter, tmp_path / "peft")
     write(adapter, tmp_path / "ours", "ours")
+    with pytest.raises(InputError, match="whole parameters alone"):
+        write(dataclasses.replace(adapter, low_rank={}), tmp_path / "none")
+
+
+def test_ours_for_the_same_model_in_another_layout(golden, tmp_path):
+    """The decoder is the same under both layouts of LLaVA, and the names are those of the model that is given."""
+    original, other = hf.load(golden / "llava-original"), hf.load(golden / "llava-hf")
+    folder = write(trained(original, {"up": 2}), tmp_path / "ours", "ours")
+    assert adapter_folder.read(folder).published.format == "llava-original"
+    target = write(adapter_folder.read(folder, other), tmp_path / "peft")
+    assert all("model.language_model.layers" in name for name in load_file(target / "adapter_model.safetensors"))
+    with pytest.raises(InputError, match="in the model"):
+        adapter_folder.read(
+            write(trained(other, {"attention/key": 2}), tmp_path / "b", "ours"), hf.load(golden / "phantom-1.8b")
+        )
 
 
 def test_names_are_those_that_vllm_maps(golden, tmp_path):
