@@ -85,9 +85,15 @@ def convert(
       RuntimeError: what was written reads back differently.
     """
     _check(target, layout, dtype, quantize)
+    if isinstance(source, str) and not os.path.isdir(source):
+        raise InputError(f"there is no folder {source!r}: --source is that of a model or an adapter")
     metrics = {} if evaluation is None else _metrics(evaluation, source)
     with _scratch(target, allow_pickle) as scratch:
         if isinstance(source, str) and adapter_folder.is_adapter(source):
+            given = {"vision": vision, "dtype": dtype, "quantize": quantize, "template": template}
+            given |= {"evaluation": evaluation, "verify": verify or None}
+            for flag in (name for name, value in given.items() if value is not None):
+                raise InputError(f"{source} is an adapter, --{flag} is for whole models: leave it out")
             return _convert_adapter(source, target, layout, base, scratch)
         if layout == "peft":
             raise InputError(f"{source} is a whole model, peft is a layout of adapters: choose another --to")

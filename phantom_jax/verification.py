@@ -104,12 +104,13 @@ def _against_transformers(folder: str, target: str) -> str:
         return "logits not compared with transformers: PyTorch is not there, pip install torch"
     import jax.numpy as jnp
     import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
     model = pretrained.load(target)
     config = model.model.config
     dtype = str(np.dtype(model.model.dtype))
-    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
     count = config.tokens_per_tile
     image_id = theirs.config.image_token_index
     rng = np.random.default_rng(0)

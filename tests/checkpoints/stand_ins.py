@@ -92,14 +92,21 @@ def _new(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
+def _random(shapes, dtype):
+    """Of a size that keeps activations near one, so that rounding stays small as it does in a trained model."""
+    weights = folders.random_weights(shapes)
+    scales = {name: 1 / np.sqrt(max(1, np.prod(shape[1:]))) for name, shape in shapes.items()}
+    return {name: np.asarray(weight * scales[name], dtype) for name, weight in weights.items()}
+
+
 def _weights(folder, config, dtype):
-    weights = folders.random_weights(folders.language_model(config), dtype)
+    weights = _random(folders.language_model(config), dtype)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")
 
 
 def _vision(folder, config, shapes, dtype):
-    folders.write(folder, config, folders.random_weights(shapes, dtype))
+    folders.write(folder, config, _random(shapes, dtype))
 
 
 def _text(folder, config, tokenizer):
@@ -117,7 +124,7 @@ def _internvl2(folder):
     shapes |= {"mlp1.1.bias": (width,), "mlp1.3.weight": (width, width), "mlp1.3.bias": (width,)}
     config = {"model_type": "internvl_chat", "llm_config": text, "vision_config": _INTERNVIT}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(folders.random_weights(shapes, ml_dtypes.bfloat16), folder / "model.safetensors")
+    save_file(_random(shapes, ml_dtypes.bfloat16), folder / "model.safetensors")
 
 
 def _publish(parents, folder, layout, dtype):
