@@ -141,7 +141,7 @@ def merge_adapter(
         if layout != "ours":
             merged, processor = in_layout(merged, processor, layout)
         lines = _write(merged, processor, target, layout, {})
-    return [_dropped(change), *lines, *_how_to_load(layout, target)]
+    return [*_dropped(change), *lines, *_how_to_load(layout, target)]
 
 
 def _check(target: str, layout: str, dtype: str | None, quantize: str | None) -> None:
@@ -238,12 +238,12 @@ def _convert_adapter(
         if layout == "peft":
             (folder / "README.md").write_text(_adapter_card(adapter, target), encoding="utf-8")
     lines = [f"wrote an adapter of {len(adapter.low_rank)} arrays, {adapter.size:,} parameters, to {target} ({layout})"]
-    return [*lines, _dropped(adapter), *_how_to_load(layout, target, adapter)]
+    return [*lines, *_dropped(adapter), *_how_to_load(layout, target, adapter)]
 
 
-def _dropped(adapter: Adapter) -> str:
+def _dropped(adapter: Adapter) -> list[str]:
     count = len(adapter.dropped)
-    return f"adapter: {count} tensors dropped" + (": of the vision tower, they change nothing" if count else "")
+    return [f"adapter: {count} tensors dropped: of the vision tower, they change nothing"] if count else []
 
 
 def _adapter_card(adapter: Adapter, target: str) -> str:

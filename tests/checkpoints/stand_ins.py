@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -33,8 +34,15 @@ _OURS = ("phantom_jax_processor.json", "chat_template.jinja", "conversion_report
 _TOWER = "model.vision_tower."
 
 
-def parents(place: pathlib.Path) -> None:
-    """Language models, vision towers and an InternVL2."""
+def make_all(place: pathlib.Path) -> None:
+    """All of them; what the originals pickle is safetensors still."""
+    _parents(place)
+    _phantoms(place)
+    _llavas(place)
+    _adapters(place)
+
+
+def _parents(place):
     _vision(place / "InternViT-300M-448px", _INTERNVIT, folders.internvit(_INTERNVIT), ml_dtypes.bfloat16)
     for name, config in (("clip-vit-large-patch14", _CLIP), ("clip-vit-large-patch14-336", _CLIP_336)):
         full = {"model_type": "clip", "vision_config": config}
@@ -55,8 +63,7 @@ def parents(place: pathlib.Path) -> None:
     _internvl2(place / "InternVL2-2B")
 
 
-def phantoms(place: pathlib.Path) -> None:
-    """The four sizes of Phantom as published; needs the parents."""
+def _phantoms(place):
     for name, parent in _PHANTOMS.items():
         source = Parents(str(place / "InternViT-300M-448px"), str(place / parent))
         _publish(source, place / name, "phantom", "bfloat16")
@@ -65,8 +72,7 @@ def phantoms(place: pathlib.Path) -> None:
             sentencepiece_files.internlm2(place / name)
 
 
-def llavas(place: pathlib.Path) -> None:
-    """Original LLaVA with and without its tower, and llava-hf; needs the parents."""
+def _llavas(place):
     vicuna = str(place / "vicuna-7b-v1.5")
     linear = Parents(str(place / "clip-vit-large-patch14"), vicuna)
     _publish(linear, place / "my-llava-v1", "llava-original", "float16")
@@ -77,14 +83,28 @@ def llavas(place: pathlib.Path) -> None:
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_TOWER)}
     save_file(kept, place / "my-llava-v1.5" / "model.safetensors")
     (place / "my-llava-v1.5" / "vision_config.json").unlink()
+    shutil.copytree(place / "my-llava-v1.5", place / "llava-v1.5-7b")
+    projector = {name: tensor for name, tensor in kept.items() if "mm_projector" in name}
+    save_file(projector, _new(place / "pretrain") / "mm_projector.safetensors")
 
 
-def adapters(place: pathlib.Path) -> None:
-    """An adapter of PEFT's, over llava-1.5-7b-hf."""
+def _adapters(place):
     base = place / "llava-1.5-7b-hf"
     pairs = peft_folder.factors(base, lambda module: module.endswith(("q_proj", "v_proj")), rank=lambda module: 32)
     settings = {"r": 32, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": base.name}
     peft_folder.write(place / "my-lora", pairs, rename=peft_folder.in_memory, **settings)
+    # As LLaVA's code leaves it, with a factor that got into the tower and changes nothing.
+    base, stray = place / "my-llava-v1.5", "base_model.model.model.vision_tower.vision_tower.vision_model.encoder."
+    stray += "layers.0.self_attn.q_proj"
+    zeros = {f"{stray}.lora_A.weight": np.ones((4, 32), np.float16)}
+    zeros[f"{stray}.lora_B.weight"] = np.zeros((32, 4), np.float16)
+    pairs = peft_folder.factors(base, lambda module: "layers" in module)
+    folder = peft_folder.write(place / "llava-v1.5-7b-lora", pairs, extra=zeros)
+    (folder / "config.json").write_text((base / "config.json").read_text())
+    (folder / "vision_config.json").write_text(json.dumps(_CLIP_336))
+    projector = load_file(place / "pretrain" / "mm_projector.safetensors")
+    whole = {peft_folder.PREFIX + name: tensor for name, tensor in projector.items()}
+    save_file(whole, folder / "non_lora_trainables.safetensors")
 
 
 def _new(folder: pathlib.Path) -> pathlib.Path:
