@@ -122,4 +122,4 @@ def test_the_templates_own_stop_ends_an_answer_too():
     ending = dataclasses.replace(vlm, processor=dataclasses.replace(vlm.processor, template=template))
     assert ending.generate("Why?", max_new_tokens=24) == cut != free
     assert "".join(ending.stream("Why?", max_new_tokens=24)) == cut
-    assert ending.generate("Why?", max_new_tokens=24, stop=free[0]) == ""
+    assert "How" in cut and ending.generate("Why?", max_new_tokens=24, stop="ow") == cut.split("ow")[0]
