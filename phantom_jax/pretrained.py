@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phantom_jax.checkpoints import model_folder
+from phantom_jax.checkpoints import adapter_folder, model_folder
+from phantom_jax.checkpoints.adapter import merge
 from phantom_jax.checkpoints.arrays import layer_of, stack
 from phantom_jax.checkpoints.hf import Checkpoint, Origin
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
@@ -87,7 +88,7 @@ class VisionLanguage:
           InputError: a setting is wrong, an image cannot be read, marks and images do not fit, or the prompt leaves no
             room in the context.
         """
-        asked = Settings.of(settings)
+        asked = self._settings(settings)
         _check_images(images)
         if isinstance(prompt, str):
             return self._answer([self._encode(prompt, images, history)], asked)[0]
@@ -117,10 +118,19 @@ class VisionLanguage:
         Raises:
           InputError: also with beams, or with several answers.
         """
-        asked = Settings.of(settings)
+        asked = self._settings(settings)
         asked.check_streamable()
         tokens = self.engine.stream(self._encode(prompt, images, history), asked)
         return _pieces(tokens, self._text(asked))
+
+    def _settings(self, given: Mapping[str, Any]) -> Settings:
+        """The settings that are asked for, with the text that the template's turns end with as one more stop."""
+        asked = Settings.of(given)
+        end = self._processor().template.stop_text
+        if not end:
+            return asked
+        stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+        return dataclasses.replace(asked, stop=tuple(dict.fromkeys((*stops, end))))
 
     def _encode(self, prompt: Any, images: Sequence[Any], history: Sequence[Turn] = ()) -> Prompt:
         _check_images(images)
@@ -198,6 +208,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    adapter: str | os.PathLike[str] | None = None,
     template: str | None = None,
     quantize: str | None = None,
     int8_cache: bool = False,
@@ -208,6 +219,7 @@ def load(
     Args:
       path: the folder.
       dtype: of the computation; by default that of the embedding as stored, bfloat16 for float16.
+      adapter: folder of a LoRA adapter, PEFT's, LLaVA's or ours, that is worked into the weights as they are read.
       template: name of the conversation template of a published folder; by default for a Phantom that of its language
         model, for a LLaVA `vicuna_v1`. A folder that was saved with a template takes no other one.
       quantize: `int8` or `nf4`, for the weights of the language model's layers; None leaves them as they are.
@@ -222,6 +234,10 @@ def load(
     if quantize is not None:
         check_kind(quantize)
     checkpoint, processor = model_folder.read(path, template=template)
+    if adapter is not None:
+        change = adapter_folder.read(adapter, checkpoint)
+        change.check_template(processor)
+        checkpoint = merge(checkpoint, change)
     params = checkpoint.params
     if dtype is None:
         stored = params["language_model"]["embedding"].dtype
