@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 
@@ -107,7 +108,7 @@ def convert(
         lines = _write(checkpoint, processor, target, layout, metrics)
         if verify:
             lines += verification.verify(checkpoint, target, source=source if isinstance(source, str) else None)
-    return [*lines, *_how_to_load(layout, target)]
+    return [*lines, *_how_to_load(layout, target, checkpoint)]
 
 
 def merge_adapter(
@@ -142,7 +143,7 @@ def merge_adapter(
         if layout != "ours":
             merged, processor = in_layout(merged, processor, layout)
         lines = _write(merged, processor, target, layout, {})
-    return [*_dropped(change), *lines, *_how_to_load(layout, target)]
+    return [*_dropped(change), *lines, *_how_to_load(layout, target, merged)]
 
 
 def _check(target: str, layout: str, dtype: str | None, quantize: str | None) -> None:
@@ -239,7 +240,7 @@ def _convert_adapter(
         if layout == "peft":
             (folder / "README.md").write_text(_adapter_card(adapter, target), encoding="utf-8")
     lines = [f"wrote an adapter of {len(adapter.low_rank)} arrays, {adapter.size:,} parameters, to {target} ({layout})"]
-    return [*lines, *_dropped(adapter), *_how_to_load(layout, target, base=adapter.base, adapter=adapter)]
+    return [*lines, *_dropped(adapter), *_how_to_load(layout, target, adapter)]
 
 
 def _dropped(adapter: Adapter) -> list[str]:
@@ -259,9 +260,15 @@ def _adapter_card(adapter: Adapter, target: str) -> str:
     )
 
 
-def _how_to_load(layout: str, target: str, base: str = "", adapter: Adapter | None = None) -> list[str]:
-    if adapter is not None:
-        lines, served = adapter_lines(adapter.published.format, target, base=base or None), None
+def _how_to_load(layout: str, target: str, written: Checkpoint | Adapter) -> list[str]:
+    served = None
+    if isinstance(written, Adapter):
+        # Of a folder in our own layout PEFT knows nothing, whatever it is trained over.
+        over = "ours" if layout == "ours" else written.published.format
+        lines = adapter_lines(over, target, base=written.base or None)
+    elif layout != "ours" and not written.published.tower_inside:
+        command = f"phantom-jax convert --source={shlex.quote(target)} --vision=CLIP --target=NEW --to=ours"
+        lines = ["# it leaves its vision tower out, as its source does; with CLIP's folder, first", f"# {command}"]
     else:
         lines, served = load_lines(layout, target), serve_line(layout, target)
     return ["", "load it with", *(f"    {line}" for line in lines), *([f"    {served}"] if served else [])]

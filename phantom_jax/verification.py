@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from phantom_jax import pretrained
-from phantom_jax.checkpoints import model_folder
+from phantom_jax.checkpoints import hf, model_folder
 from phantom_jax.checkpoints.arrays import boxes
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.quantized import split_fields
 from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.processor import Processor
 
 _BLOCK_BYTES = 1 << 26
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
@@ -37,7 +38,7 @@ def verify(checkpoint: Checkpoint, target: str, *, source: str | None) -> list[s
     Raises:
       RuntimeError: an array or a logit differs.
     """
-    written, processor = model_folder.read(target)
+    written, processor = _read(target, checkpoint)
     differing = differences(checkpoint.flat(), written.flat())
     if written.config != checkpoint.config:
         differing.append(f"the config is {written.config} and not {checkpoint.config}")
@@ -57,6 +58,14 @@ def verify(checkpoint: Checkpoint, target: str, *, source: str | None) -> list[s
             image = _image(model.processor.tile_size)
             lines.append(f"{question} {model.generate(question, images=[image], max_new_tokens=32)!r}")
     return lines
+
+
+def _read(target: str, checkpoint: Checkpoint) -> tuple[Checkpoint, Processor | None]:
+    if model_folder.is_ours(target) or checkpoint.published.tower_inside:
+        return model_folder.read(target)
+    # The folder leaves the tower out, which has nothing to be compared with.
+    tower = {path: array for path, array in checkpoint.flat().items() if "/vision_tower/" in path}
+    return hf.load(target, tower=(checkpoint.config.vision_tower, tower)), None
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:

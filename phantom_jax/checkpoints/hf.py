@@ -170,8 +170,6 @@ def load(
             )
     arrays = read_rows(rows, ours, files, dtype)
     if tower is not None:
-        # The model has it from now on, wherever it is written.
-        published = dataclasses.replace(published, tower_inside=True)
         arrays |= {path: array if dtype is None else cast(array, np.dtype(dtype)) for path, array in tower[1].items()}
     trees = unflatten(arrays)
     entries = [

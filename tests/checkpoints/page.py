@@ -7,6 +7,8 @@ import shlex
 
 from phantom_jax import cli
 from phantom_jax.checkpoints import adapter_folder, model_folder
+from phantom_jax.checkpoints.hf_config import detect_format
+from phantom_jax.checkpoints.tensor_files import read_json
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 _VARYING = re.compile(r"[0-9a-f]{16}|\d[\d.,]*")
@@ -65,7 +67,7 @@ def steps(page: pathlib.Path) -> list[Step]:
 def _layout(folder: pathlib.Path) -> str:
     if adapter_folder.is_adapter(folder):
         return "ours" if (folder / adapter_folder.CONFIG).is_file() else "peft"
-    return "ours" if model_folder.is_ours(folder) else model_folder.read(folder)[0].published.format
+    return "ours" if model_folder.is_ours(folder) else detect_format(read_json(folder / "config.json"))
 
 
 def _comparable(line: str) -> str:
