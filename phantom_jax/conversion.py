@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 
@@ -85,9 +86,15 @@ def convert(
       RuntimeError: what was written reads back differently.
     """
     _check(target, layout, dtype, quantize)
+    if isinstance(source, str) and not os.path.isdir(source):
+        raise InputError(f"there is no folder {source!r}: --source is that of a model or an adapter")
     metrics = {} if evaluation is None else _metrics(evaluation, source)
     with _scratch(target, allow_pickle) as scratch:
         if isinstance(source, str) and adapter_folder.is_adapter(source):
+            given = {"vision": vision, "dtype": dtype, "quantize": quantize, "template": template}
+            given |= {"evaluation": evaluation, "verify": verify or None}
+            for flag in (name for name, value in given.items() if value is not None):
+                raise InputError(f"{source} is an adapter, --{flag} is for whole models: leave it out")
             return _convert_adapter(source, target, layout, base, scratch)
         if layout == "peft":
             raise InputError(f"{source} is a whole model, peft is a layout of adapters: choose another --to")
@@ -101,7 +108,7 @@ def convert(
         lines = _write(checkpoint, processor, target, layout, metrics)
         if verify:
             lines += verification.verify(checkpoint, target, source=source if isinstance(source, str) else None)
-    return [*lines, *_how_to_load(layout, target)]
+    return [*lines, *_how_to_load(layout, target, checkpoint)]
 
 
 def merge_adapter(
@@ -136,7 +143,7 @@ def merge_adapter(
         if layout != "ours":
             merged, processor = in_layout(merged, processor, layout)
         lines = _write(merged, processor, target, layout, {})
-    return [_dropped(change), *lines, *_how_to_load(layout, target)]
+    return [*_dropped(change), *lines, *_how_to_load(layout, target, merged)]
 
 
 def _check(target: str, layout: str, dtype: str | None, quantize: str | None) -> None:
@@ -233,12 +240,12 @@ def _convert_adapter(
         if layout == "peft":
             (folder / "README.md").write_text(_adapter_card(adapter, target), encoding="utf-8")
     lines = [f"wrote an adapter of {len(adapter.low_rank)} arrays, {adapter.size:,} parameters, to {target} ({layout})"]
-    return [*lines, _dropped(adapter), *_how_to_load(layout, target, base=adapter.base, adapter=adapter)]
+    return [*lines, *_dropped(adapter), *_how_to_load(layout, target, adapter)]
 
 
-def _dropped(adapter: Adapter) -> str:
+def _dropped(adapter: Adapter) -> list[str]:
     count = len(adapter.dropped)
-    return f"adapter: {count} tensors dropped" + (": of the vision tower, they change nothing" if count else "")
+    return [f"adapter: {count} tensors dropped: of the vision tower, they change nothing"] if count else []
 
 
 def _adapter_card(adapter: Adapter, target: str) -> str:
@@ -253,9 +260,15 @@ def _adapter_card(adapter: Adapter, target: str) -> str:
     )
 
 
-def _how_to_load(layout: str, target: str, base: str = "", adapter: Adapter | None = None) -> list[str]:
-    if adapter is not None:
-        lines, served = adapter_lines(adapter.published.format, target, base=base or None), None
+def _how_to_load(layout: str, target: str, written: Checkpoint | Adapter) -> list[str]:
+    served = None
+    if isinstance(written, Adapter):
+        # Of a folder in our own layout PEFT knows nothing, whatever it is trained over.
+        over = "ours" if layout == "ours" else written.published.format
+        lines = adapter_lines(over, target, base=written.base or None)
+    elif layout != "ours" and not written.published.tower_inside:
+        command = f"phantom-jax convert --source={shlex.quote(target)} --vision=CLIP --target=NEW --to=ours"
+        lines = ["# it leaves its vision tower out, as its source does; with CLIP's folder, first", f"# {command}"]
     else:
         lines, served = load_lines(layout, target), serve_line(layout, target)
     return ["", "load it with", *(f"    {line}" for line in lines), *([f"    {served}"] if served else [])]

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from phantom_jax import pretrained
-from phantom_jax.checkpoints import model_folder
+from phantom_jax.checkpoints import hf, model_folder
 from phantom_jax.checkpoints.arrays import boxes, contiguous
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.quantized import split_fields
 from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.processor import Processor
 
 _BLOCK_BYTES = 1 << 26
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
@@ -37,7 +38,7 @@ def verify(checkpoint: Checkpoint, target: str, *, source: str | None) -> list[s
     Raises:
       RuntimeError: an array or a logit differs.
     """
-    written, processor = model_folder.read(target)
+    written, processor = _read(target, checkpoint)
     differing = differences(checkpoint.flat(), written.flat())
     if written.config != checkpoint.config:
         differing.append(f"the config is {written.config} and not {checkpoint.config}")
@@ -57,6 +58,14 @@ def verify(checkpoint: Checkpoint, target: str, *, source: str | None) -> list[s
             image = _image(model.processor.tile_size)
             lines.append(f"{question} {model.generate(question, images=[image], max_new_tokens=32)!r}")
     return lines
+
+
+def _read(target: str, checkpoint: Checkpoint) -> tuple[Checkpoint, Processor | None]:
+    if model_folder.is_ours(target) or checkpoint.published.tower_inside:
+        return model_folder.read(target)
+    # The folder leaves the tower out, which has nothing to be compared with.
+    tower = {path: array for path, array in checkpoint.flat().items() if "/vision_tower/" in path}
+    return hf.load(target, tower=(checkpoint.config.vision_tower, tower)), None
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
@@ -108,12 +117,13 @@ def _against_transformers(folder: str, target: str) -> str:
         return "logits not compared with transformers: PyTorch is not there, pip install torch"
     import jax.numpy as jnp
     import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
     model = pretrained.load(target)
     config = model.model.config
     dtype = str(np.dtype(model.model.dtype))
-    theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    transformers.utils.logging.disable_progress_bar()
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
     count = config.tokens_per_tile
     image_id = theirs.config.image_token_index
     rng = np.random.default_rng(0)

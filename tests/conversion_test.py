@@ -16,6 +16,7 @@ from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.errors import InputError
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.trees import flatten
+from tests.checkpoints import peft_folder
 from tests.models import small
 
 
@@ -153,3 +154,35 @@ def test_orbax_reads_what_is_written(golden, tmp_path, layout):
     assert flatten(restored).keys() == expected.flat().keys()
     for path, array in flatten(restored).items():
         assert np.array_equal(np.asarray(array), np.asarray(expected.flat()[path])), path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_linear_projector_as_llava_hf(golden, tmp_path, dtype):
+    """The identity behind it is of the projector's dtype."""
+    source, there, back = str(golden / "llava-original"), str(tmp_path / "there"), str(tmp_path / "back")
+    conversion.convert(source, there, layout="llava-hf", dtype=dtype)
+    tensors = load_file(tmp_path / "there" / "model.safetensors")
+    identity = tensors["multi_modal_projector.linear_2.weight"]
+    assert str(identity.dtype) == dtype
+    np.testing.assert_array_equal(identity.astype(np.float32), np.eye(len(identity)))
+    assert not np.any(tensors["multi_modal_projector.linear_2.bias"])
+    conversion.convert(there, back, layout="llava-original", verify=True)
+
+
+def test_a_quantised_model_has_no_published_layout(golden, tmp_path):
+    ours = str(tmp_path / "ours")
+    conversion.convert(str(golden / "phantom-0.5b"), ours, layout="ours", quantize="int8")
+    with pytest.raises(InputError, match="the model is quantised to int8, and phantom has no form for that"):
+        conversion.convert(ours, str(tmp_path / "back"), layout="phantom")
+    assert not (tmp_path / "back").exists()
+
+
+def test_flags_of_whole_models_are_not_ignored_for_adapters(golden, tmp_path):
+    base = golden / "llava-hf"
+    adapter = str(peft_folder.write(tmp_path / "peft", peft_folder.factors(base), rename=peft_folder.in_memory))
+    for flag, value in (("dtype", "bfloat16"), ("template", "llava_v1"), ("verify", True)):
+        with pytest.raises(InputError, match=f"is an adapter, --{flag} is for whole models"):
+            conversion.convert(adapter, str(tmp_path / "new"), layout="ours", base=str(base), **{flag: value})
+    with pytest.raises(InputError, match="there is no folder"):
+        conversion.convert(str(tmp_path / "missing"), str(tmp_path / "new"), layout="peft")
+    assert not (tmp_path / "new").exists()

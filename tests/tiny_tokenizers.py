@@ -63,3 +63,15 @@ def byte_level(*, special=(), stripping=()) -> tokenizers.Tokenizer:
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in special])
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, rstrip=True) for token in stripping])
     return tokenizer
+
+
+def language_model() -> tokenizers.Tokenizer:
+    """A byte-level BPE without the tokens of images."""
+    content = json.loads(byte_level().to_str())
+    for token in ("<img>", "</img>", "<IMG_CONTEXT>"):
+        new = "<|" + token.strip("</>").lower() + str(token.count("/")) + "|>"
+        content["model"]["vocab"][new] = content["model"]["vocab"].pop(token)
+        for added in content["added_tokens"]:
+            if added["content"] == token:
+                added["content"] = new
+    return tokenizers.Tokenizer.from_str(json.dumps(content))

@@ -63,7 +63,7 @@ def read(
         model = hf_config.read(read_json(directory / "config.json"), read_json(vision) if vision.is_file() else None)
     if model is None:
         raise InputError(
-            f"{directory} has no config.json, as most adapters: give the model that it was trained on"
+            f"{directory} has no config.json, as most adapters: give --base, the model that it was trained on"
             + (f", {settings['base_model_name_or_path']}" if settings.get("base_model_name_or_path") else "")
         )
     return peft_reader.read(settings, TensorFiles(_tensor_files(directory, scratch)), model, str(directory))

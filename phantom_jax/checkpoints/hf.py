@@ -328,9 +328,15 @@ def published_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
     """The tensors of a checkpoint in its published layout; each is read from the model when its blocks are.
 
     Raises:
-      InputError: the model lacks parameters that the layout has.
+      InputError: the model lacks parameters that the layout has, or is quantised.
     """
     flat = flatten({"params": checkpoint.params, "unused": checkpoint.unused})
+    kind = next((leaf.kind for leaf in flat.values() if isinstance(leaf, QuantizedTensor)), None)
+    if kind is not None:
+        raise InputError(
+            f"the model is quantised to {kind}, and {checkpoint.published.format} has no form for that: save it as "
+            "'ours', or convert the model that it was made from"
+        )
     # A tower made here has none of the layers that only published ones carry.
     rows = [
         row
@@ -345,7 +351,7 @@ def published_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
     dtype = np.dtype(flat["params/projector/linear_1/kernel"].dtype)
     for name, constant in _constants(checkpoint.config, checkpoint.published).items():
         flat_layout = names.Transform().layout([constant.shape])
-        yield Tensor(name, constant.shape, dtype, _blocks(flat_layout, [constant], None))
+        yield Tensor(name, constant.shape, dtype, _blocks(flat_layout, [cast(constant, dtype)], None))
 
 
 def row_tensors(row: names.Row, arrays: Sequence[Any]) -> Iterator[Tensor]:

@@ -259,7 +259,7 @@ def detect_format(config: Mapping[str, Any]) -> str:
         return "llava-original" if original else "llava-hf"
     raise InputError(
         f"config.json has model_type={kind!r}: checkpoints of Phantom (phantom), llava-hf and the original LLaVA "
-        "(llava, llava_llama) are supported"
+        "(llava, llava_llama) are supported; of a language model and a tower `convert --llm= --vision=` makes one"
     )
 
 

@@ -7,12 +7,11 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-import jax
-
+from phantom_jax.checkpoints.hf import shapes
 from phantom_jax.checkpoints.hf_config import Published
 from phantom_jax.checkpoints.load_lines import adapter_lines, load_lines, serve_line
 from phantom_jax.data.conversation import TEMPLATES, Template
-from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
+from phantom_jax.models.vlm import VisionLanguageConfig
 
 _LIBRARIES = {"llava-hf": "transformers", "peft": "peft"}
 _FAMILIES = {"qwen2": "Qwen2", "internlm2": "InternLM2", "phi3": "Phi-3", "llama": "LLaMA or Vicuna"}
@@ -143,10 +142,10 @@ def _entries(values: Sequence[str]) -> list[str]:
 
 def _summary(config, published, layout, dtype, template, rank) -> dict[str, str]:
     vision, decoder = config.vision_tower, config.language_model
-    parameters = jax.tree.leaves(abstract_parameters(VisionLanguageModel(config)))
+    parameters = (math.prod(shape) for path, shape in shapes(config).items() if path.startswith("params/"))
     out = {
         "layout": layout,
-        "parameters": f"{sum(math.prod(leaf.shape) for leaf in parameters):,}",
+        "parameters": f"{sum(parameters):,}",
         "stored as": dtype,
         "language model": f"{_FAMILIES[published.language_model]}: {decoder.num_layers} layers, width "
         f"{decoder.embed_dim}, {decoder.num_heads} heads, {decoder.num_kv_heads} of keys and values, vocabulary "

@@ -9,7 +9,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.numpy
-import tokenizers
 
 from phantom_jax.checkpoints import hf
 from phantom_jax.checkpoints.assemble import assemble
@@ -19,7 +18,7 @@ from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from phantom_jax.trees import flatten
 from tests.checkpoints import parent_folders as folders
-from tests.tiny_tokenizers import byte_level, llama
+from tests.tiny_tokenizers import language_model, llama
 
 SMALL = folders.TINY | {"vocab_size": 40}
 QWEN2 = folders.QWEN2_05B | SMALL | {"num_key_value_heads": 2}
@@ -177,22 +176,10 @@ def test_whole_internvl2(tmp_path, monkeypatch):
     assert {entry.name for entry in entries if entry.action == "dropped"} == {n for n in weights if "mlp1" in n}
 
 
-def language_tokenizer():
-    """Of a language model: without the tokens of images."""
-    content = json.loads(byte_level().to_str())
-    for token in ("<img>", "</img>", "<IMG_CONTEXT>"):
-        new = "<|" + token.strip("</>").lower() + str(token.count("/")) + "|>"
-        content["model"]["vocab"][new] = content["model"]["vocab"].pop(token)
-        for added in content["added_tokens"]:
-            if added["content"] == token:
-                added["content"] = new
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
-
-
 def test_phantom_with_a_tokenizer(tmp_path):
     """Ids and rows are those of the tokenizer, which gets the tokens of images behind its own."""
     vision, _ = parent(tmp_path / "vision", INTERNVIT)
-    tokenizer = language_tokenizer()
+    tokenizer = language_model()
     count = tokenizer.get_vocab_size()
     text, weights = parent(tmp_path / "llm", QWEN2 | {"vocab_size": count + 20, "eos_token_id": 0})
     tokenizer.save(str(text / "tokenizer.json"))

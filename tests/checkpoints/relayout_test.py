@@ -102,7 +102,9 @@ def test_an_original_without_its_tower(golden, tmp_path):
     again, _ = model_folder.read(tmp_path / "ours")
     for path, array in checkpoint.flat().items():
         assert np.array_equal(np.asarray(array), np.asarray(again.flat()[path])), path
-    conversion.convert(str(tmp_path / "ours"), str(tmp_path / "back"), layout="llava-original")
+    lines = conversion.convert(str(tmp_path / "ours"), str(tmp_path / "back"), layout="llava-original", verify=True)
+    assert any("all equal" in line for line in lines) and not any("phantom_jax.load" in line for line in lines)
+    assert any(f"--source={tmp_path / 'back'} --vision=CLIP" in line for line in lines)
     assert set(load_file(tmp_path / "back" / "model.safetensors")) == set(tensors) - {
         name for name in tensors if name.startswith(prefix)
     }
