@@ -10,7 +10,7 @@ import numpy as np
 
 from phantom_jax import pretrained
 from phantom_jax.checkpoints import hf, model_folder
-from phantom_jax.checkpoints.arrays import boxes
+from phantom_jax.checkpoints.arrays import boxes, contiguous
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.quantized import split_fields
 from phantom_jax.checkpoints.tensor_files import read_json
@@ -89,9 +89,13 @@ def digest(arrays: Mapping[str, Any]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         total.update(f"{name} {list(array.shape)} {np.dtype(array.dtype)}\n".encode())
+        if not array.ndim:
+            total.update(np.asarray(array).tobytes())
+            continue
         # Along the first axis, whatever order the array is stored in: the same numbers give the same digest.
-        for part in range(len(array)) if array.ndim else ((),):
-            total.update(np.ascontiguousarray(array[part]).view(np.uint8).tobytes())
+        step = max(_BLOCK_BYTES * len(array) // max(array.nbytes, 1), 1)
+        for start in range(0, len(array), step):
+            total.update(contiguous(np.asarray(array[start : start + step])).tobytes())
     return total.hexdigest()
 
 

@@ -1,15 +1,23 @@
 """Conversion between layouts, on the reference checkpoints."""
 
 import dataclasses
+import json
+import shutil
 
+import jax
 import numpy as np
+import orbax.checkpoint
 import pytest
 from safetensors.numpy import load_file
 
-from phantom_jax import cli, conversion, verification
-from phantom_jax.checkpoints import model_folder
+from phantom_jax import cli, conversion, pretrained, verification
+from phantom_jax.checkpoints import hf_config, model_folder
+from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.errors import InputError
+from phantom_jax.models.phantom import PhantomConfig
+from phantom_jax.trees import flatten
 from tests.checkpoints import peft_folder
+from tests.models import small
 
 
 @pytest.mark.parametrize(("name", "layout"), [("phantom-0.5b", "phantom"), ("llava-hf", "llava-hf")])
@@ -58,6 +66,94 @@ def test_differences_names_each_kind():
         "b is float32[2] and float64[2]",
         "c has other values",
     ]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_fewer_bits_on_the_way_in(golden, tmp_path, kind):
+    source, target = str(golden / "phantom-1.8b"), str(tmp_path / "ours")
+    lines = conversion.convert(source, target, layout="ours", quantize=kind, verify=True)
+    stored, at_once = pretrained.load(target), pretrained.load(source, quantize=kind)
+    jax.tree.map(np.testing.assert_array_equal, stored.params, at_once.params)
+    assert any(f"quantised to {kind}" in line for line in lines)
+    meta = json.loads((tmp_path / "ours" / "phantom_jax.json").read_text())
+    assert meta["quantization"] == kind and meta["schema_version"] == 2
+    # What has few bits can be moved on, and is never quantised twice.
+    conversion.convert(target, str(tmp_path / "moved"), layout="ours", verify=True)
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(tmp_path / "moved").params, at_once.params)
+    with pytest.raises(InputError, match=f"quantised to {kind} already"):
+        conversion.convert(target, str(tmp_path / "twice"), layout="ours", quantize="int8")
+    with pytest.raises(InputError, match="set --to=ours, or leave quantize out"):
+        conversion.convert(source, str(tmp_path / "no"), layout="phantom", quantize=kind)
+
+
+@pytest.mark.parametrize("dtype", conversion.DTYPES)
+def test_another_dtype_on_the_way_in(golden, tmp_path, dtype):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "llava-hf", source)
+    config = json.loads((source / "config.json").read_text())
+    config["dtype"] = config["text_config"]["dtype"] = "float32"
+    (source / "config.json").write_text(json.dumps(config))
+    lines = conversion.convert(str(source), str(tmp_path / "new"), layout="llava-hf", dtype=dtype, verify=True)
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "new" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].tobytes() == tensor.astype(dtype).tobytes(), name
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == dtype
+    assert any("float32 to" in line for line in lines) == (dtype != "float32")
+
+
+def test_the_report_names_every_tensor(golden, tmp_path):
+    conversion.convert(str(golden / "phantom-3.8b"), str(tmp_path / "new"), layout="ours", dtype="bfloat16")
+    head, *lines = (tmp_path / "new" / "conversion_report.tsv").read_text().splitlines()
+    entries = [dict(zip(head.split("\t"), line.split("\t"), strict=True)) for line in lines]
+    assert {entry["name"] for entry in entries} == set(load_file(golden / "phantom-3.8b" / "model.safetensors"))
+    assert {entry["action"] for entry in entries} == {"transformed"}
+    packed = next(entry for entry in entries if entry["name"].endswith("layers.0.self_attn.qkv_proj.weight"))
+    kernels = [f"params/language_model/layers/attention/{part}/kernel" for part in ("query", "key", "value")]
+    assert packed["parameters"].split(" ") == kernels
+
+
+def test_results_go_into_the_model_card(golden, tmp_path):
+    results = {"source": "numbers", "split": "test", "models": {"phantom-0.5b": {"all": {"all": [3, 4]}}, "other": {}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    conversion.convert(str(golden / "phantom-0.5b"), str(tmp_path / "new"), layout="phantom", evaluation=str(tmp_path))
+    assert "| exact match, numbers test, 4 questions | 0.75 |" in (tmp_path / "new" / "README.md").read_text()
+    with pytest.raises(InputError, match="has results of phantom-0.5b, other, and the source is called 'llava-hf'"):
+        conversion.convert(str(golden / "llava-hf"), str(tmp_path / "x"), layout="ours", evaluation=str(tmp_path))
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    config = small.with_decoder(phantom=PhantomConfig(), qkv_bias=True, tie_embeddings=True)
+    _, params = small.init(config)
+    published = hf_config.Published("phantom", "qwen2")
+    checkpoint = Checkpoint(config, params, {}, published, hf_config.TokenIds(image=60, eos=(2,)))
+    model_folder.write(checkpoint, None, tmp_path / "a", format="phantom")
+    conversion.convert(str(tmp_path / "a"), str(tmp_path / "ours"), layout="ours")
+    conversion.convert(str(tmp_path / "ours"), str(tmp_path / "b"), layout="phantom", verify=True)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert not any("lm_head" in name for name in second)
+    assert {name: tensor.tobytes() for name, tensor in first.items()} == {
+        name: tensor.tobytes() for name, tensor in second.items()
+    }
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["llm_config"]["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("layout", ["ours", "phantom"])
+def test_orbax_reads_what_is_written(golden, tmp_path, layout):
+    """Orbax's own reader gets the same arrays, straight onto its devices."""
+    source = golden / "phantom-7b"
+    if layout == "phantom":
+        conversion.convert(str(source), str(tmp_path / "again"), layout="phantom")
+        source = tmp_path / "again"
+    conversion.convert(str(source), str(tmp_path / "ours"), layout="ours")
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "ours" / "params")
+    expected, _ = model_folder.read(golden / "phantom-7b")
+    assert flatten(restored).keys() == expected.flat().keys()
+    for path, array in flatten(restored).items():
+        assert np.array_equal(np.asarray(array), np.asarray(expected.flat()[path])), path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

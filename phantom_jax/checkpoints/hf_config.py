@@ -437,7 +437,11 @@ def write(
     if "pad_token_id" not in old:
         new["pad_token_id"] = tokens.pad
     beside = {**published.vision_config, **vision} if published.format == "llava-original" else None
-    return {**old, **new}, beside
+    whole = {**old, **new}
+    # Parts may name a dtype of their own, and it is no longer true after a cast.
+    for part in (whole, *(value for value in whole.values() if isinstance(value, dict))):
+        part |= {key: dtype for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str)}
+    return whole, beside
 
 
 def check_expressible(config: VisionLanguageConfig, published: Published) -> None:
