@@ -25,6 +25,8 @@ from phantom_jax.trees import flatten, unflatten
 BLOCK_BYTES = 1 << 25
 _IN_FLIGHT_BYTES = 1 << 27
 _CHUNK_BYTES = 1 << 22
+# What zarr keeps beside the chunks of an array.
+_DESCRIPTION = "/.zarray"
 
 
 class _Leaf:
@@ -136,38 +138,33 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       InputError: it is damaged; also later, when a damaged array is read.
     """
+    base = {"driver": "ocdbt", "base": f"file://{path}/"}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            described = flatten(checkpointer.metadata(path).item_metadata.tree)
-        return {name: _stored(path, name, leaf) for name, leaf in described.items()}
-    # Orbax raises bare `Exception` where a file cannot be read.
-    except Exception as error:
+        keys = [key.decode() for key in tensorstore.KvStore.open(base).result().list().result()]
+        found = [key.removesuffix(_DESCRIPTION) for key in keys if key.endswith(_DESCRIPTION)]
+        if not found:
+            raise ValueError("it holds no arrays")
+        # A chunk that is not there would be read as zeros.
+        specs = [
+            {"driver": "zarr", "kvstore": {**base, "path": name + "/"}, "fill_missing_data_reads": False}
+            for name in found
+        ]
+        opening = [tensorstore.open(spec, read=True, open=True) for spec in specs]
+        return {
+            name.replace(".", "/"): _stored(path, store.result()) for name, store in zip(found, opening, strict=True)
+        }
+    except (ValueError, OSError) as error:
         raise _damaged(path, error) from error
 
 
-def _stored(path: pathlib.Path, name: str, described: Any) -> StoredArray:
-    shape = tuple(described.shape)
-    store: list[tensorstore.TensorStore] = []
-
+def _stored(path: pathlib.Path, store: tensorstore.TensorStore) -> StoredArray:
     def read(box: Box) -> np.ndarray:
         try:
-            if not store:
-                store.append(_open(path, name))
-            return store[0][box].read().result() if box else np.asarray(store[0].read().result())
+            return store[box].read().result() if box else np.asarray(store.read().result())
         except (ValueError, OSError) as error:
             raise _damaged(path, error) from error
 
-    return StoredArray(shape, described.dtype, read, 1 if len(shape) > 2 else 0)
-
-
-def _open(path: pathlib.Path, name: str) -> tensorstore.TensorStore:
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": name.replace("/", ".") + "/"},
-        # A chunk that is not there would be read as zeros.
-        "fill_missing_data_reads": False,
-    }
-    return tensorstore.open(spec, read=True, open=True).result()
+    return StoredArray(store.shape, store.dtype.numpy_dtype, read, 1 if store.ndim > 2 else 0)
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> InputError:
