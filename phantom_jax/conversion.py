@@ -17,7 +17,7 @@ from phantom_jax.checkpoints.arrays import cast
 from phantom_jax.checkpoints.assemble import assemble
 from phantom_jax.checkpoints.hf import Checkpoint, Origin
 from phantom_jax.checkpoints.hf_processor import with_template
-from phantom_jax.checkpoints.load_lines import LAYOUTS, load_lines, serve_line
+from phantom_jax.checkpoints.load_lines import LAYOUTS, adapter_lines, load_lines, serve_line
 from phantom_jax.checkpoints.model_card import model_card
 from phantom_jax.checkpoints.quantized import quantized
 from phantom_jax.checkpoints.relayout import in_layout
@@ -127,6 +127,7 @@ def merge_adapter(
         layout = layout or ("ours" if model_folder.is_ours(model) else checkpoint.published.format)
         _check(target, layout, None, None)
         change = adapter_folder.read(adapter, checkpoint, scratch=scratch)
+        change.check_template(processor)
         merged = merge(checkpoint, change)
         merged = dataclasses.replace(
             merged,
@@ -232,7 +233,7 @@ def _convert_adapter(
         if layout == "peft":
             (folder / "README.md").write_text(_adapter_card(adapter, target), encoding="utf-8")
     lines = [f"wrote an adapter of {len(adapter.low_rank)} arrays, {adapter.size:,} parameters, to {target} ({layout})"]
-    return [*lines, _dropped(adapter), *_how_to_load(layout, target, adapter)]
+    return [*lines, _dropped(adapter), *_how_to_load(layout, target, base=adapter.base, adapter=adapter)]
 
 
 def _dropped(adapter: Adapter) -> str:
@@ -252,14 +253,12 @@ def _adapter_card(adapter: Adapter, target: str) -> str:
     )
 
 
-def _how_to_load(layout: str, target: str, adapter: Adapter | None = None) -> list[str]:
-    if adapter is not None and (layout == "ours" or adapter.published.format != "llava-hf"):
-        return []
-    base = None if adapter is None else adapter.base or None
-    rank = None if adapter is None else max(max(change.ranks) for change in adapter.low_rank.values())
-    lines = ["", "load it with", *(f"    {line}" for line in load_lines(layout, target, base=base))]
-    served = serve_line(layout, target, base=base, rank=rank)
-    return lines if served is None else [*lines, f"    {served}"]
+def _how_to_load(layout: str, target: str, base: str = "", adapter: Adapter | None = None) -> list[str]:
+    if adapter is not None:
+        lines, served = adapter_lines(adapter.published.format, target, base=base or None), None
+    else:
+        lines, served = load_lines(layout, target), serve_line(layout, target)
+    return ["", "load it with", *(f"    {line}" for line in lines), *([f"    {served}"] if served else [])]
 
 
 def _metrics(folder: str, source: str | Parents) -> dict[str, float]:

@@ -25,7 +25,7 @@ _SETTINGS = (
     "num_answers",
 )
 # How a model is loaded, as far as it changes the answers.
-_OPTIONS = ("dtype", "template", "quantize", "int8_cache")
+_OPTIONS = ("adapter", "dtype", "template", "quantize", "int8_cache")
 _EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
 
 
@@ -95,6 +95,8 @@ def chat(values: flags.FlagValues) -> None:
 
 def _define_model(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "Model folder, of any layout that `convert` writes.", flag_values=values)
+    text = "Folder of a LoRA adapter that is worked into the weights: PEFT's, LLaVA's or ours."
+    flags.DEFINE_string("adapter", None, text, flag_values=values)
     text = "Name of the chat template, for published folders. By default the model's own."
     flags.DEFINE_string("template", None, text, flag_values=values)
     text = "Of the computation. By default that of the weights as stored."

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phantom_jax.checkpoints import model_folder
+from phantom_jax.checkpoints import adapter_folder, model_folder
+from phantom_jax.checkpoints.adapter import merge
 from phantom_jax.checkpoints.arrays import layer_of, stack
 from phantom_jax.checkpoints.hf import Checkpoint, Origin
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
@@ -198,6 +199,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     dtype: Any = None,
+    adapter: str | os.PathLike[str] | None = None,
     template: str | None = None,
     quantize: str | None = None,
     int8_cache: bool = False,
@@ -208,6 +210,7 @@ def load(
     Args:
       path: the folder.
       dtype: of the computation; by default that of the embedding as stored, bfloat16 for float16.
+      adapter: folder of a LoRA adapter, PEFT's, LLaVA's or ours, that is worked into the weights as they are read.
       template: name of the conversation template of a published folder; by default for a Phantom that of its language
         model, for a LLaVA `vicuna_v1`. A folder that was saved with a template takes no other one.
       quantize: `int8` or `nf4`, for the weights of the language model's layers; None leaves them as they are.
@@ -222,6 +225,10 @@ def load(
     if quantize is not None:
         check_kind(quantize)
     checkpoint, processor = model_folder.read(path, template=template)
+    if adapter is not None:
+        change = adapter_folder.read(adapter, checkpoint)
+        change.check_template(processor)
+        checkpoint = merge(checkpoint, change)
     params = checkpoint.params
     if dtype is None:
         stored = params["language_model"]["embedding"].dtype

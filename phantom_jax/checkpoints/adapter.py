@@ -14,9 +14,11 @@ import numpy as np
 
 from phantom_jax.checkpoints import hf, hf_config
 from phantom_jax.checkpoints.arrays import Box, StoredArray, cast
+from phantom_jax.data.conversation import template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.ops.quantize import QuantizedTensor
+from phantom_jax.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,16 @@ class Adapter:
             each = (change.a.size + change.b.size) // (len(change.ranks) * max(change.ranks))
             count += each * sum(change.ranks)
         return count
+
+    def check_template(self, processor: Processor | None) -> None:
+        """Raises an `InputError` where a model's processor has another template than the adapter was trained with."""
+        if processor is None or self.template is None or self.template in template_names(processor.template):
+            return
+        own = " or ".join(template_names(processor.template)) or "one of its own"
+        raise InputError(
+            f"the adapter was trained with the template {self.template}, the model has {own}: store the adapter's with "
+            f"the model first, convert --template={self.template}"
+        )
 
     def check(self, where: str) -> None:
         """Compares the shapes with those of the model that it is for; `where` names the source in the error.

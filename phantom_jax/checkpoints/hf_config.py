@@ -456,6 +456,8 @@ def write(
     if text_key:
         new[text_key] = {**old.get(text_key, {}), **text}
         new["vision_config"] = {**old.get("vision_config", {}), **vision}
+    if "pad_token_id" not in old:
+        new["pad_token_id"] = tokens.pad
     beside = {**published.vision_config, **vision} if published.format == "llava-original" else None
     return {**old, **new}, beside
 

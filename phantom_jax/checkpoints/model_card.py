@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from phantom_jax.checkpoints.hf_config import Published
-from phantom_jax.checkpoints.load_lines import load_lines, serve_line
+from phantom_jax.checkpoints.load_lines import adapter_lines, load_lines, serve_line
 from phantom_jax.data.conversation import TEMPLATES, Template
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
 
@@ -86,8 +86,10 @@ def model_card(
         lines += [f"| {key.replace('|', '/')} | {value:.6g} |" for key, value in metrics.items()]
     else:
         lines.append(_NOT_RECORDED)
-    lines += ["", "## Loading", "", "```python", *load_lines(layout, name, base=over), "```"]
-    serve = serve_line(layout, name, base=over, rank=rank)
+    adapter = layout == "peft"
+    loading = adapter_lines(published.format, name, base=over) if adapter else load_lines(layout, name)
+    lines += ["", "## Loading", "", "```python", *loading, "```"]
+    serve = None if adapter else serve_line(layout, name)
     if serve:
         lines += ["", "```bash", serve, "```"]
     tower = "clip" if config.vision_tower.pre_norm else "internvit"

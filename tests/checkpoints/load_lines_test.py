@@ -4,14 +4,14 @@ import shlex
 import pytest
 
 from phantom_jax import pretrained
-from phantom_jax.checkpoints.load_lines import LAYOUTS, load_lines, serve_line
+from phantom_jax.checkpoints.load_lines import MODEL_LAYOUTS, adapter_lines, load_lines, serve_line
 from phantom_jax.errors import InputError
 
 PATHS = ["out/model", "/models/my model", 'it\'s "quoted"', "back\\slash", "猫"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MODEL_LAYOUTS)
 def test_lines_are_python_that_names_the_folder(layout, path):
     lines = load_lines(layout, path)
     tree = ast.parse("\n".join(lines))
@@ -36,27 +36,19 @@ def test_original_loader_is_named():
 
 
 def test_adapter_names_its_base():
-    lines = load_lines("peft", "out/adapter", base="llava-hf/llava-1.5-7b-hf")
+    lines = adapter_lines("llava-hf", "out/adapter", base="llava-hf/llava-1.5-7b-hf")
     assert sum("'llava-hf/llava-1.5-7b-hf'" in line for line in lines) == 2
-    assert sum("'BASE'" in line for line in load_lines("peft", "out/adapter")) == 2
+    assert sum("'BASE'" in line for line in adapter_lines("llava-hf", "out/adapter")) == 2
+    assert not any("peft" in line for line in adapter_lines("phantom", "out/adapter")), "PEFT has no such model"
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_serve_line(path):
     assert shlex.split(serve_line("llava-hf", path)) == ["vllm", "serve", path]
-    adapter = shlex.split(serve_line("peft", path, base="a b"))
-    name = path.rsplit("/", 1)[-1]
-    assert adapter == ["vllm", "serve", "a b", "--enable-lora", "--lora-modules", f"{name}={path}"]
     assert all(serve_line(layout, path) is None for layout in ("ours", "phantom", "llava-original"))
 
 
-@pytest.mark.parametrize(("rank", "told"), [(8, None), (16, None), (48, "64"), (64, "64"), (300, "320")])
-def test_vllm_is_told_of_large_ranks(rank, told):
-    line = shlex.split(serve_line("peft", "adapter", base="base", rank=rank))
-    assert (line[-1] if "--max-lora-rank" in line else None) == told
-
-
 def test_unknown_layout():
-    for function in (load_lines, serve_line):
+    for function in (load_lines, adapter_lines, serve_line):
         with pytest.raises(InputError, match="layout 'onnx' does not exist"):
             function("onnx", "x")
