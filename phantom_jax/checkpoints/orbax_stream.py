@@ -9,6 +9,7 @@ import collections
 import contextlib
 import math
 import pathlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,19 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 class _Handler(ocp.type_handlers.TypeHandler):
-    """Writes leaves one block after the other."""
+    """Writes leaves one block after the other, on a thread that Orbax makes for it."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def stop(self) -> None:
+        """Writes no more; nothing is on its way to the disk when this returns."""
+        with self._lock:
+            self._stopped = True
+        self._idle.wait()
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -68,15 +81,29 @@ class _Handler(ocp.type_handlers.TypeHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="blocks")]
 
     async def _write(self, leaves: Sequence[_Leaf], infos: Sequence[Any]) -> None:
-        stores = {}
-        for leaf, info in zip(leaves, infos, strict=True):
+        for info in infos:
             await info.await_path_creation()
-            stores[leaf.path] = await _create(leaf, info)
+        with self._lock:
+            if self._stopped:
+                return
+            self._idle.clear()
         waiting: collections.deque[tuple[Any, int]] = collections.deque()
+        try:
+            await self._write_blocks(leaves, infos, waiting)
+        finally:
+            for written, _ in waiting:
+                with contextlib.suppress(Exception):
+                    await written
+            self._idle.set()
+
+    async def _write_blocks(self, leaves: Sequence[_Leaf], infos: Sequence[Any], waiting: collections.deque) -> None:
+        stores = {leaf.path: await _create(leaf, info) for leaf, info in zip(leaves, infos, strict=True)}
         flying = 0
         # Arrays of one quantised kernel go layer by layer together, so that each layer is quantised once.
         work = ((leaf, box) for leaf in leaves for box in leaf.boxes())
         for leaf, box in sorted(work, key=lambda item: (_kernel_of(item[0]), item[1][0].start if item[1] else 0)):
+            if self._stopped:
+                return
             block = np.asarray(leaf.array[box])
             written = stores[leaf.path][box].write(block, can_reference_source_data_indefinitely=True)
             waiting.append((written, block.nbytes))
@@ -85,8 +112,8 @@ class _Handler(ocp.type_handlers.TypeHandler):
                 oldest, size = waiting.popleft()
                 await oldest
                 flying -= size
-        for written, _ in waiting:
-            await written
+        while waiting:
+            await waiting.popleft()[0]
 
 
 def _kernel_of(leaf: _Leaf) -> str:
@@ -114,8 +141,10 @@ def save(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
       tree: its leaves are `StoredArray`, numpy's or jax's arrays.
     """
     leaves = unflatten({name: _Leaf(name, array) for name, array in flatten(tree).items()})
-    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, _Handler()))
-    with _quiet():
+    writer = _Handler()
+    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, writer))
+    with _quiet(), contextlib.ExitStack() as stack:
+        stack.callback(writer.stop)
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
