@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -234,7 +235,7 @@ def scratch_folder(target: pathlib.Path, purpose: str) -> Iterator[pathlib.Path]
         yield folder
     finally:
         if lock is not None and _holds(lock, folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         with contextlib.suppress(OSError):
             folder.rmdir()
         with contextlib.suppress(OSError):
@@ -242,6 +243,15 @@ def scratch_folder(target: pathlib.Path, purpose: str) -> Iterator[pathlib.Path]
                 parent.rmdir()
         if lock is not None:
             lock.close()
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Also where threads of a save that was interrupted, Orbax's for instance, still write a last file into it."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def _holds(lock: TextIO, folder: pathlib.Path) -> bool:

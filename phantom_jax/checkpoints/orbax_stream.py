@@ -143,11 +143,13 @@ def save(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
     leaves = unflatten({name: _Leaf(name, array) for name, array in flatten(tree).items()})
     writer = _Handler()
     registry = ocp.type_handlers.create_type_handler_registry((_Leaf, writer))
-    with _quiet(), contextlib.ExitStack() as stack:
-        stack.callback(writer.stop)
+    with _quiet():
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
+            try:
+                checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
+            finally:
+                writer.stop()
 
 
 @contextlib.contextmanager
