@@ -234,6 +234,9 @@ def scratch_folder(target: pathlib.Path, purpose: str) -> Iterator[pathlib.Path]
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         yield folder
     finally:
+        # A signal may come when the file is there, and not its name here.
+        with contextlib.suppress(OSError):
+            lock = lock or (folder / _LOCK).open("r+")
         if lock is not None and _holds(lock, folder):
             _remove(folder)
         with contextlib.suppress(OSError):

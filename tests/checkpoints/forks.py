@@ -1,8 +1,8 @@
 """Runs commands in children of one process that has imported all there is to import: what a child needs is a fork.
 
-`run` starts that process. Each of its tasks is a dictionary: `arguments` of the command; `limit`, of bytes in one file;
-`signal`, to be sent `delay` seconds after the folder `waits` appeared; `and` a second task at the same time. For each, a
-dictionary comes back: `code`, as `subprocess` has it, `error` and `output`.
+`run` starts that process. Each of its tasks is a dictionary: `arguments` of the command; `limit`, of bytes in one
+file; `signal`, to be sent `delay` seconds after the folder `waits` appeared; `and`, a second task at the same time. For
+each, a dictionary comes back: `code`, as `subprocess` has it, `error` and `output`.
 """
 
 import json
@@ -40,7 +40,7 @@ def answers(child):
 
 
 def _start(task):
-    said = {name: tempfile.TemporaryFile() for name in ("output", "error")}
+    said = {name: tempfile.TemporaryFile() for name in ("output", "error")}  # noqa: SIM115 - `_finish` closes them
     pid = os.fork()
     if pid:
         return pid, said
