@@ -88,7 +88,7 @@ class VisionLanguage:
           InputError: a setting is wrong, an image cannot be read, marks and images do not fit, or the prompt leaves no
             room in the context.
         """
-        asked = Settings.of(settings)
+        asked = self._settings(settings)
         _check_images(images)
         if isinstance(prompt, str):
             return self._answer([self._encode(prompt, images, history)], asked)[0]
@@ -118,10 +118,19 @@ class VisionLanguage:
         Raises:
           InputError: also with beams, or with several answers.
         """
-        asked = Settings.of(settings)
+        asked = self._settings(settings)
         asked.check_streamable()
         tokens = self.engine.stream(self._encode(prompt, images, history), asked)
         return _pieces(tokens, self._text(asked))
+
+    def _settings(self, given: Mapping[str, Any]) -> Settings:
+        """The settings that are asked for, with the text that the template's turns end with as one more stop."""
+        asked = Settings.of(given)
+        end = self._processor().template.stop_text
+        if not end:
+            return asked
+        stops = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+        return dataclasses.replace(asked, stop=tuple(dict.fromkeys((*stops, end))))
 
     def _encode(self, prompt: Any, images: Sequence[Any], history: Sequence[Turn] = ()) -> Prompt:
         _check_images(images)

@@ -1,7 +1,9 @@
 """Arrays that stay where they are until a part of them is asked for."""
 
+import collections
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -136,6 +138,31 @@ def cast(array: Any, dtype: Any) -> Any:
     if not isinstance(array, StoredArray):
         return array.astype(dtype)
     return StoredArray(array.shape, dtype, lambda box: array[box].astype(dtype), array.block_axis)
+
+
+def made_ahead(makers: Iterable[Callable[[], Any]], depth: int = 2) -> Iterator[Any]:
+    """What the makers give, in their order; the next `depth` are made in threads while one is used."""
+    pending: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(depth) as pool:
+        try:
+            for maker in makers:
+                pending.append(pool.submit(maker))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array itself, or a copy whose numbers stand in the order of its axes."""
+    if array.flags.c_contiguous:
+        return array
+    copy = np.empty(array.shape, array.dtype)
+    copy_into(copy, array)
+    return copy
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:

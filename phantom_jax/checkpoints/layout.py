@@ -5,6 +5,7 @@ slices of one device of a mesh, and both directions.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -110,8 +111,8 @@ class Layout:
     shape: tuple[int, ...]
     views: tuple[View, ...]
 
-    def blocks(self, arrays: Sequence[Any], limit: int, dtype: Any) -> Iterator[np.ndarray]:
-        """The tensor's elements in their order, in flat blocks of at most about `limit` elements.
+    def blocks(self, arrays: Sequence[Any], limit: int, dtype: Any) -> Iterator[Callable[[], np.ndarray]]:
+        """The tensor's elements in their order, in flat blocks of at most about `limit`, each made when called.
 
         Args:
           arrays: ours, of the shapes of the views; only the part for one block is read at a time.
@@ -123,16 +124,22 @@ class Layout:
             steps = max(1, limit // max(stride, 1))
             for first in range(0, size, steps):
                 last = min(first + steps, size)
-                flat = np.empty((last - first) * stride, dtype)
-                for index in group:
-                    view = self.views[index]
-                    axis, _, _, inner = view.outermost
-                    box = [slice(0, length) for length in view.shape]
-                    if box:
-                        box[axis] = slice(first * inner, last * inner)
-                    part = np.asarray(arrays[index][tuple(box)])
-                    view.write(flat, part, start + first * stride, tuple(box))
-                yield flat
+                yield functools.partial(self._block, arrays, group, start, first, last, dtype)
+
+    def _block(
+        self, arrays: Sequence[Any], group: Sequence[int], start: int, first: int, last: int, dtype: Any
+    ) -> np.ndarray:
+        """Steps `first` to `last` of the outermost axis of a segment that begins at element `start`."""
+        _, _, stride, _ = self.views[group[0]].outermost
+        flat = np.empty((last - first) * stride, dtype)
+        for index in group:
+            view = self.views[index]
+            axis, _, _, inner = view.outermost
+            box = [slice(0, length) for length in view.shape]
+            if box:
+                box[axis] = slice(first * inner, last * inner)
+            view.write(flat, np.asarray(arrays[index][tuple(box)]), start + first * stride, tuple(box))
+        return flat
 
     def _segments(self) -> list[tuple[int, list[int]]]:
         """Views that follow each other, or that lie interleaved, with the first element of each such group."""

@@ -1,13 +1,14 @@
 """Quantised kernels on disk: the arrays of a `QuantizedTensor` one by one; float kernels quantised layer by layer."""
 
 import functools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from phantom_jax.checkpoints.arrays import Box, StoredArray
+from phantom_jax.checkpoints.arrays import Box, StoredArray, contiguous
 from phantom_jax.errors import InputError
 from phantom_jax.models.quantization import kernel_inputs
 from phantom_jax.ops.quantize import QuantizedTensor, quantize
@@ -35,9 +36,16 @@ def quantized(params: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _quantized(kernel: Any, kind: str, inputs: int) -> QuantizedTensor:
-    @functools.lru_cache(maxsize=1)
+    lock = threading.Lock()
+
+    @functools.lru_cache(maxsize=2)
+    def quantized_layer(index: int) -> QuantizedTensor:
+        return jax.device_get(quantize(contiguous(np.asarray(kernel[index])), kind, inputs=inputs))
+
     def layer(index: int) -> QuantizedTensor:
-        return jax.device_get(quantize(np.ascontiguousarray(kernel[index]), kind, inputs=inputs))
+        # Several arrays of a layer are asked for at a time.
+        with lock:
+            return quantized_layer(index)
 
     first = jax.ShapeDtypeStruct(kernel.shape[1:], kernel.dtype)
     form = jax.eval_shape(functools.partial(quantize, kind=kind, inputs=inputs), first)

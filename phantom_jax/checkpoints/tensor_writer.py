@@ -7,11 +7,11 @@ import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from phantom_jax.checkpoints.arrays import made_ahead
 from phantom_jax.checkpoints.tensor_files import DTYPES, INDEX, WEIGHTS
 
 SHARD_BYTES = 5_000_000_000
@@ -26,13 +26,13 @@ class Tensor:
 
     Attributes:
       name, shape, dtype: as in the file.
-      blocks: gives its elements in order, in flat arrays.
+      blocks: gives its elements in order, in flat arrays that are each made when called, maybe several at a time.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    blocks: Callable[[], Iterator[np.ndarray]]
+    blocks: Callable[[], Iterator[Callable[[], np.ndarray]]]
 
     @property
     def nbytes(self) -> int:
@@ -45,10 +45,13 @@ def write_folder(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes
     A tensor larger than that has a shard of its own. All is on the disk when this returns.
     """
     shards: list[list[Tensor]] = [[]]
+    size = 0
     for tensor in tensors:
-        if shards[-1] and sum(member.nbytes for member in shards[-1]) + tensor.nbytes > shard_bytes:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append([])
+            size = 0
         shards[-1].append(tensor)
+        size += tensor.nbytes
     if len(shards) == 1:
         write_file(directory / WEIGHTS, shards[0])
         return
@@ -76,17 +79,10 @@ def write_file(path: pathlib.Path, tensors: Sequence[Tensor], metadata: dict[str
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
+    with path.open("wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        # One block is on its way to the disk while the next one is made.
-        pending: Future | None = None
-        for tensor in tensors:
-            for block in tensor.blocks():
-                if pending is not None:
-                    pending.result()
-                pending = writer.submit(_write_all, file, memoryview(np.ascontiguousarray(block).view(np.uint8)))
-        if pending is not None:
-            pending.result()
+        for block in made_ahead(block for tensor in tensors for block in tensor.blocks()):
+            _write_all(file, memoryview(block.view(np.uint8)))
         os.fsync(file.fileno())
 
 

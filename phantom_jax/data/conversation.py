@@ -50,6 +50,8 @@ class Template:
     """Before an answer, supervised with it."""
     stop: str = ""
     """One special token: generation stops at it. By default `answer_end`."""
+    stop_text: str = ""
+    """Text that generation stops at too, where turns end without a special token."""
     keep_question: bool = True
     """Whether the user's words are kept. Where they are not, only the images of a turn are."""
 
@@ -81,6 +83,9 @@ def _vicuna(person: str) -> Template:
     )
 
 
+_HUMAN = _vicuna("human")
+
+
 def _llama_2(system: str) -> Template:
     return Template(
         # The first turn's opening stands before the system text.
@@ -103,7 +108,19 @@ TEMPLATES = {
     "phi3": Template(user="<|user|>\n", assistant="<|end|><|assistant|>\n", answer_end="<|end|>", **_MARKS),
     # LLaVA, by the names of its published code. With `vicuna_v1` it is trained, with `llava_v1` it was first evaluated.
     "vicuna_v1": _vicuna("user"),
-    "llava_v1": _vicuna("human"),
+    "llava_v1": _HUMAN,
+    # The first LLaVA's, for answers; its training wrote turns otherwise.
+    "llava_v0": Template(
+        system=_HUMAN.system.removesuffix(" ") + "###",
+        user="Human: ",
+        assistant="###Assistant:",
+        answer_begin=" ",
+        answer_end="###",
+        stop="</s>",
+        stop_text="###",
+        after_image="\n",
+        **_LLAVA,
+    ),
     "llava_llama_2": _llama_2(
         "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
         "provides, and assist the user with a variety of tasks using natural language."

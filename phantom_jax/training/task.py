@@ -57,7 +57,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from flax.linen import meta
 
     from phantom_jax.checkpoints import model_folder
-    from phantom_jax.checkpoints.hf import Checkpoint
+    from phantom_jax.checkpoints.hf import Checkpoint, Origin
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
     from phantom_jax.data import pipeline, sources
     from phantom_jax.models.vlm import VisionLanguageModel
@@ -114,7 +114,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         tokens = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
         # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
         params = cast(params, config["model"]["dtype"])
-        checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens)
+        checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens, Origin(data=(name,)))
         model_folder.write(checkpoint, processor, folder)
 
     return Task(init_params, score, train_iterator, validation_batches, export)

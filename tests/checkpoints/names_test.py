@@ -77,7 +77,7 @@ def test_a_table_is_a_bijection(family):
         assert np.array_equal(np.sort(np.concatenate([part.reshape(-1) for part in whole])), np.arange(size)), row.name
         # And back, in blocks that cut the tensor wherever it may be cut.
         for limit in (1, 50, size):
-            again = np.concatenate(list(layout.blocks(whole, limit, np.int64)))
+            again = np.concatenate([block() for block in layout.blocks(whole, limit, np.int64)])
             assert np.array_equal(again, np.arange(size)), (row.name, limit)
 
 

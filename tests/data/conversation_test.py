@@ -145,6 +145,19 @@ def test_vicuna_text(name):
     assert text_of(prompt.token_ids) == f"<s>{system} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:"
 
 
+def test_the_first_llavas_text():
+    template = TEMPLATES["llava_v0"]
+    system = template.system.removesuffix("###")
+    assert (len(system), hashlib.sha256(system.encode()).hexdigest()[:16]) == (156, "ace78a978005f68a")
+    encoded = converse(("Q1", "A1"), ("Q2", "A2"), features=[2], template="llava_v0")
+    assert text_of(encoded.token_ids) == (
+        f"<s>{system}###Human: {2 * '<image>'}\nQ1###Assistant: A1###Human: Q2###Assistant: A2###"
+    )
+    assert text_of(encoded.token_ids[encoded.supervised]) == " A1### A2###"
+    prompt = converse(("Q1", "A1"), ("Q2", None), template="llava_v0")
+    assert text_of(prompt.token_ids) == f"<s>{system}###Human: Q1###Assistant: A1###Human: Q2###Assistant:"
+
+
 LLAMA_2 = {"llava_llama_2": (186, "790f4cfc05523b0e"), "llama_2": (508, "d52c188a3c969c4e")}
 
 

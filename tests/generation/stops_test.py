@@ -1,5 +1,7 @@
 """Stop strings in a compiled loop: exactly where searching the bytes finds them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from phantom_jax.data.text import answer_text
 from phantom_jax.errors import InputError
 from phantom_jax.generation.stops import advance, stop_table
+from tests.generation import tiny
 
 
 @jax.jit
@@ -108,3 +111,15 @@ def test_no_tokens_and_no_stops_never_match():
 def test_bad_stops_are_an_input_error():
     with pytest.raises(InputError, match="300 bytes together; at most 255"):
         stop_table([b"a"], ["x" * 300])
+
+
+def test_the_templates_own_stop_ends_an_answer_too():
+    vlm = tiny.handle()
+    free = vlm.generate("Why?", max_new_tokens=24)
+    letter = free[len(free) // 2]
+    cut = vlm.generate("Why?", max_new_tokens=24, stop=letter)
+    template = dataclasses.replace(vlm.processor.template, stop_text=letter)
+    ending = dataclasses.replace(vlm, processor=dataclasses.replace(vlm.processor, template=template))
+    assert ending.generate("Why?", max_new_tokens=24) == cut != free
+    assert "".join(ending.stream("Why?", max_new_tokens=24)) == cut
+    assert "How" in cut and ending.generate("Why?", max_new_tokens=24, stop="ow") == cut.split("ow")[0]

@@ -17,7 +17,7 @@ def test_logits_are_the_references(golden, tmp_path, source, through):
         conversion.convert(str(folder), str(tmp_path / through), layout=through)
         folder = tmp_path / through
     lines = conversion.convert(str(folder), str(tmp_path / "hf"), layout="llava-hf", verify=True)
-    assert any("against transformers: largest difference" in line and "28 likeliest" not in line for line in lines)
+    assert any("against transformers: largest difference" in line and "24 likeliest equal" in line for line in lines)
     model, found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
     with np.load(golden / source / "golden.npz") as data:
