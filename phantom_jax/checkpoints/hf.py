@@ -16,7 +16,7 @@ from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
 from phantom_jax.checkpoints.arrays import Box, StoredArray, cast, copy_into, layer_of
-from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, listed, read_json
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_folder
 from phantom_jax.errors import InputError
@@ -269,17 +269,6 @@ def _constants(config: VisionLanguageConfig, published: hf_config.Published) -> 
         prefix + "weight": StoredArray((width, width), np.float32, identity),
         prefix + "bias": StoredArray((width,), np.float32, lambda box: np.zeros(box[0].stop - box[0].start)),
     }
-
-
-_MOST_LISTED = 20
-
-
-def listed(found: Sequence[str]) -> str:
-    """Names of a file for an error, one a line: not thousands of them, and none that would write over a terminal."""
-    lines = [name if name.isprintable() else repr(name) for name in found[:_MOST_LISTED]]
-    if len(found) > _MOST_LISTED:
-        lines.append(f"and {len(found) - _MOST_LISTED} more")
-    return "\n    ".join(lines)
 
 
 def check_rows(

@@ -11,10 +11,10 @@ import numpy as np
 
 from phantom_jax.checkpoints import orbax_stream
 from phantom_jax.checkpoints.arrays import cast
-from phantom_jax.checkpoints.hf import Checkpoint, Origin, listed, shapes
+from phantom_jax.checkpoints.hf import Checkpoint, Origin, shapes
 from phantom_jax.checkpoints.hf_config import FORMATS, LANGUAGE_MODELS, Published, TokenIds
 from phantom_jax.checkpoints.quantized import join_fields, split_fields
-from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.checkpoints.tensor_files import listed, read_json
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.errors import InputError
 from phantom_jax.models.decoder import DecoderConfig

@@ -8,7 +8,7 @@ import pathlib
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -33,6 +33,15 @@ DTYPES = {
 _MAX_HEADER = 100_000_000
 _DEEPEST = 100
 """Lists and objects in each other; what copies and compares them takes several calls for each."""
+_MOST_LISTED = 20
+
+
+def listed(found: Sequence[str]) -> str:
+    """Names of a file for an error, one a line: not thousands of them, and none that would write over a terminal."""
+    lines = [name if name.isprintable() else repr(name) for name in found[:_MOST_LISTED]]
+    if len(found) > _MOST_LISTED:
+        lines.append(f"and {len(found) - _MOST_LISTED} more")
+    return "\n    ".join(lines)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -105,7 +114,7 @@ class TensorFiles:
         elsewhere = [name for name, (path, *_) in files._where.items() if index.get(name) not in (path.name, None)]
         missing = sorted(set(index) - set(files._where)) + sorted(elsewhere)
         if missing:
-            raise InputError(f"{directory / INDEX} lists tensors that their shards do not hold: {', '.join(missing)}")
+            raise InputError(f"{directory / INDEX} lists tensors that their shards do not hold:\n    {listed(missing)}")
         return files
 
     def only(self, names: Iterable[str]) -> "TensorFiles":

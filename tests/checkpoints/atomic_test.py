@@ -180,7 +180,9 @@ def test_targets_that_cannot_be(small, tmp_path, capsys, monkeypatch):
     # Not even the user that tests run as, who may be root, can write here.
     said = refused(capsys, tmp_path, arguments(tmp_path / "source", "/proc/self/new", "ours"), "/proc/self")
     assert "Give another path" in said
-    refused(capsys, tmp_path, arguments(tmp_path / "source", "/proc", "ours"), "nothing was written")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("disk"))
+    (tmp_path / "disk").mkdir()
+    refused(capsys, tmp_path, arguments(tmp_path / "source", tmp_path / "disk", "ours"), "disk' is a mount point")
 
 
 @pytest.mark.parametrize("name", ["new", "new/", "./a/../b/new", "with space", "naïve 模型", "-x", "source/inside"])
