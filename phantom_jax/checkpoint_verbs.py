@@ -1,6 +1,9 @@
 """The verbs that rewrite checkpoints: `convert` and `merge`."""
 
-from collections.abc import Sequence
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -43,12 +46,27 @@ def define_convert(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_boolean("verify", False, text, flag_values=values)
 
 
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does: what is half written is removed."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_ended_in_order()
 def convert(values: flags.FlagValues) -> None:
     if values.source is None and (values.llm is None or values.vision is None):
         raise InputError("convert needs --source, or --vision and --llm for a new model")
     if values.source is not None and values.llm is not None:
         raise InputError("--source is a model and --llm a part of a new one: give one of them")
-    for flag in ("projector", "projector_kind"):
+    for flag in ("projector", "projector_kind", "seed"):
         if values.llm is None and values[flag].present:
             raise InputError(f"--{flag} is for a new model: give --vision and --llm with it")
     from phantom_jax import conversion
@@ -82,6 +100,7 @@ def define_merge(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_boolean("allow_pickle", False, _PICKLE, flag_values=values)
 
 
+@_ended_in_order()
 def merge(values: flags.FlagValues) -> None:
     from phantom_jax.conversion import merge_adapter
 

@@ -6,6 +6,7 @@ transformers, orbax or grain. Exit codes: 0 done, 1 crash, 2 bad config or input
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
@@ -22,6 +23,19 @@ from phantom_jax.errors import Diverged, InputError, Preempted
 from phantom_jax.version import __version__
 
 PROGRAM = "phantom-jax"
+# What the system says where a path is the user's mistake, and not ours.
+_WRONG_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 @dataclass(frozen=True)
@@ -147,19 +161,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
+    except BrokenPipeError:
+        # The reader left, `| head` for instance: what is still held back has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (InputError, Diverged, Preempted) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in _WRONG_PATH or error.filename is None:
+            raise
         print(f"error: {error.filename}: {error.strerror}. Give another path.", file=sys.stderr)
         return InputError.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader left, `| head` for instance: what is still held back has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _dispatch(arguments: list[str]) -> int:

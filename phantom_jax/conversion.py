@@ -6,7 +6,6 @@ import functools
 import os
 import pathlib
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -89,17 +88,19 @@ def convert(
     if isinstance(source, str) and not os.path.isdir(source):
         raise InputError(f"there is no folder {source!r}: --source is that of a model or an adapter")
     metrics = {} if evaluation is None else _metrics(evaluation, source)
+    name = source if isinstance(source, str) else f"a new model of {source.vision} and {source.llm}"
     with _scratch(target, allow_pickle) as scratch:
         if isinstance(source, str) and adapter_folder.is_adapter(source):
-            given = {"vision": vision, "dtype": dtype, "quantize": quantize, "template": template}
-            given |= {"evaluation": evaluation, "verify": verify or None}
-            for flag in (name for name, value in given.items() if value is not None):
-                raise InputError(f"{source} is an adapter, --{flag} is for whole models: leave it out")
+            whole = {"vision": vision, "dtype": dtype, "quantize": quantize, "template": template}
+            whole |= {"evaluation": evaluation, "verify": verify or None}
+            given = [f"--{flag}" for flag, value in whole.items() if value is not None]
+            if given:
+                raise InputError(f"{source} is an adapter, and {', '.join(given)} for whole models alone: leave it out")
             return _convert_adapter(source, target, layout, base, scratch)
         if layout == "peft":
-            raise InputError(f"{source} is a whole model, peft is a layout of adapters: choose another --to")
+            raise InputError(f"{name} is a whole model, peft is a layout of adapters: choose another --to")
         if base is not None:
-            raise InputError(f"--base is the model of an adapter, and {source} is no adapter: leave it out")
+            raise InputError(f"--base is the model of an adapter, and {name} is none: leave it out")
         checkpoint, processor = _read(source, vision, dtype, template, scratch)
         if layout != "ours":
             checkpoint, processor = in_layout(checkpoint, processor, layout)
@@ -129,10 +130,10 @@ def merge_adapter(
     Raises:
       InputError: the two do not go together, or one of them is damaged.
     """
+    _check(target, layout or "ours", None, None)
     with _scratch(target, allow_pickle) as scratch:
         checkpoint, processor = model_folder.read(model, scratch=scratch)
         layout = layout or ("ours" if model_folder.is_ours(model) else checkpoint.published.format)
-        _check(target, layout, None, None)
         change = adapter_folder.read(adapter, checkpoint, scratch=scratch)
         change.check_template(processor)
         merged = merge(checkpoint, change)
@@ -166,10 +167,8 @@ def _scratch(target: str, allow_pickle: bool) -> Iterator[pathlib.Path | None]:
     if not allow_pickle:
         yield None
         return
-    parent = pathlib.Path(target).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pickled.", dir=parent) as name:
-        yield pathlib.Path(name)
+    with model_folder.scratch_folder(pathlib.Path(target), "pickled") as folder:
+        yield folder
 
 
 def _read(
@@ -280,12 +279,16 @@ def _metrics(folder: str, source: str | Parents) -> dict[str, float]:
     if not path.is_file():
         raise InputError(f"{folder} holds no results.json: give the folder that `evaluate --output` wrote")
     results = read_json(path)
+    name = pathlib.Path(str(source)).name
     try:
         models = results["models"]
-        name = next(iter(models)) if len(models) == 1 else pathlib.Path(str(source)).name
-        if name not in models:
-            raise InputError(f"{path} has results of {', '.join(models)}, and the source is called {name!r}")
-        right, count = models[name]["all"]["all"]
-        return {f"exact match, {results['source']} {results['split']}, {count} questions": right / count}
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        found = models if len(models) == 1 else {key: value for key, value in models.items() if key == name}
+        for value in found.values():
+            right, count = value["all"]["all"]
+            return {f"exact match, {results['source']} {results['split']}, {count} questions": right / count}
+        said = ", ".join(models)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not what `evaluate --output` writes ({error!r})") from error
+    raise InputError(
+        f"{path} has results of {said}, and the source is called {name!r}: name one so in --model=NAME=FOLDER"
+    )

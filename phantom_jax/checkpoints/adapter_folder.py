@@ -59,8 +59,7 @@ def read(
         raise InputError(f"{directory} holds neither {CONFIG} nor {peft_config.CONFIG} (it holds {found})")
     settings = read_json(directory / peft_config.CONFIG)
     if model is None and (directory / "config.json").is_file():
-        vision = directory / "vision_config.json"
-        model = hf_config.read(read_json(directory / "config.json"), read_json(vision) if vision.is_file() else None)
+        model = hf.read_config(directory)
     if model is None:
         raise InputError(
             f"{directory} has no config.json, as most adapters: give --base, the model that it was trained on"

@@ -16,7 +16,7 @@ from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
 from phantom_jax.checkpoints.arrays import Box, StoredArray, cast, copy_into, layer_of
-from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, listed, read_json
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_folder
 from phantom_jax.errors import InputError
@@ -123,6 +123,22 @@ def shapes(config: VisionLanguageConfig) -> Mapping[str, tuple[int, ...]]:
     return types.MappingProxyType(used | unused)
 
 
+def read_config(
+    directory: pathlib.Path, tower: VisionTowerConfig | None = None
+) -> tuple[VisionLanguageConfig, hf_config.Published, hf_config.TokenIds]:
+    """What the `config.json` of a folder describes; see `hf_config.read`.
+
+    Raises:
+      InputError: names the folder.
+    """
+    beside = directory / "vision_config.json"
+    contents = read_json(directory / "config.json"), read_json(beside) if beside.is_file() else None
+    try:
+        return hf_config.read(*contents, tower)
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from error
+
+
 def load(
     directory: str | os.PathLike[str],
     *,
@@ -139,13 +155,11 @@ def load(
       tower: config and arrays by path of the vision tower of an original LLaVA that leaves it out.
 
     Raises:
-      InputError: the layout is not known, or tensors are missing, extra or misshapen: all of them are listed.
+      InputError: the layout is not known, or tensors are missing, extra or misshapen: see `check_rows`.
     """
     directory = pathlib.Path(directory)
-    vision_path = directory / "vision_config.json"
-    vision_config = read_json(vision_path) if vision_path.is_file() else None
-    content = read_json(directory / "config.json")
-    config, published, tokens = hf_config.read(content, vision_config, None if tower is None else tower[0])
+    config, published, tokens = read_config(directory, None if tower is None else tower[0])
+    content = published.config
     files = open_files(directory)
     generation = directory / "generation_config.json"
     inside = published.format != "llava-original" or any(names.TOWER in name for name in files.names())
@@ -278,7 +292,7 @@ def check_rows(
       Names of tensors that may be left out: tables of angles, which follow from the config.
 
     Raises:
-      InputError: tensors are missing, extra, misshapen or no floating point numbers: all of them are listed.
+      InputError: tensors are missing, extra, misshapen or no floating point numbers; of each kind the first are listed.
     """
     expected = {name: row.transform.layout(_row_shapes(row, ours)).shape for row in rows for name in row.names()}
     expected |= {name: constant.shape for name, constant in constants.items()}
@@ -298,7 +312,7 @@ def check_rows(
         for name in sorted(present & set(expected))
         if files.dtype_name(name) not in DTYPES
     ]
-    lines = [f"{len(found)} {what}:\n    " + "\n    ".join(found) for what, found in problems.items() if found]
+    lines = [f"{len(found)} {what}:\n    {listed(found)}" for what, found in problems.items() if found]
     if lines:
         raise InputError(
             f"{where} does not fit its config.json. Take config and weights from one checkpoint.\n  "

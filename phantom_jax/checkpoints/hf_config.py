@@ -17,8 +17,10 @@ from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.ops.rope import RopeConfig
+from phantom_jax.sizes import MOST_LAYERS, MOST_PIXELS, check_positive, check_size
 
 FORMATS = ("phantom", "llava-hf", "llava-original")
+LANGUAGE_MODELS = ("qwen2", "internlm2", "phi3", "llama")
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM", "phi3": "Phi3ForCausalLM"}
 
 
@@ -75,11 +77,23 @@ class TokenIds:
     eos: tuple[int, ...]
     pad: int = 0
 
+    def __post_init__(self):
+        ids = {"image": (self.image,), "eos": self.eos, "pad": (self.pad,)}
+        for name, values in ids.items():
+            # -1 is how old configs say that there is no padding.
+            least = -1 if name == "pad" else 0
+            if not values or any(type(value) is not int or not least <= value < 2**31 for value in values):
+                raise ValueError(f"the {name} token is {values!r:.100}: token ids are whole numbers from 0 on")
+
 
 def need(config: Mapping[str, Any], key: str, where: str) -> Any:
     if config.get(key) is None:
         raise InputError(f"{where} has no {key!r}: the file is not complete, take it from the published checkpoint")
     return config[key]
+
+
+def _size(config: Mapping[str, Any], key: str, where: str, *most: int) -> int:
+    return check_size(where, key, need(config, key, where), *most)
 
 
 _LLAMA_DEFAULTS = {
@@ -95,6 +109,7 @@ _LLAMA_DEFAULTS = {
 
 def _read_rope(config: Mapping[str, Any], where: str) -> RopeConfig:
     new = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta") or new.get("rope_theta") or 10_000.0
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("type") or scaling.get("rope_type") or new.get("rope_type") or "default"
     scaling = {**new, **scaling}
@@ -103,10 +118,10 @@ def _read_rope(config: Mapping[str, Any], where: str) -> RopeConfig:
     if kind not in ("default", "linear", "dynamic", "su", "longrope"):
         raise InputError(f"{where} scales RoPE by {kind!r}: default, linear, dynamic, su and longrope are supported")
     return RopeConfig(
-        theta=float(config.get("rope_theta") or new.get("rope_theta") or 10_000.0),
+        theta=float(check_positive(where, "rope_theta", theta)),
         kind=kind,
         factor=float(scaling.get("factor") or 1.0),
-        max_length=int(length),
+        max_length=check_size(where, "max_position_embeddings", length, 2**31 - 1),
         original_max_length=int(original) if original else None,
         short_factor=tuple(map(float, scaling.get("short_factor") or ())),
         long_factor=tuple(map(float, scaling.get("long_factor") or ())),
@@ -114,8 +129,7 @@ def _read_rope(config: Mapping[str, Any], where: str) -> RopeConfig:
 
 
 def read_decoder(config: Mapping[str, Any], kind: str, phantom: PhantomConfig | None, where: str) -> DecoderConfig:
-    heads = need(config, "num_attention_heads", where)
-    width = need(config, "hidden_size", where)
+    heads, width = (_size(config, key, where) for key in ("num_attention_heads", "hidden_size"))
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     rope = _read_rope(config, where)
     if window and window < rope.max_length:
@@ -131,14 +145,14 @@ def read_decoder(config: Mapping[str, Any], kind: str, phantom: PhantomConfig | 
         if config.get(key):
             raise InputError(f"{where} has {key}=true: decoders with these biases are not supported")
     return DecoderConfig(
-        vocab_size=need(config, "vocab_size", where),
+        vocab_size=_size(config, "vocab_size", where),
         embed_dim=width,
-        num_layers=need(config, "num_hidden_layers", where),
+        num_layers=_size(config, "num_hidden_layers", where, MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or width // heads,
-        mlp_dim=need(config, "intermediate_size", where),
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        mlp_dim=_size(config, "intermediate_size", where),
+        norm_epsilon=check_positive(where, "rms_norm_eps", config.get("rms_norm_eps", 1e-6), 1),
         qkv_bias=kind == "qwen2",
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         rope=rope,
@@ -189,17 +203,23 @@ def _write_decoder(config: DecoderConfig, kind: str, old: Mapping[str, Any]) -> 
 # ---- vision
 
 
+def _tower_sizes(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    return {
+        "embed_dim": _size(config, "hidden_size", where),
+        "num_heads": _size(config, "num_attention_heads", where),
+        "mlp_dim": _size(config, "intermediate_size", where),
+        "patch_size": _size(config, "patch_size", where, MOST_PIXELS),
+        "image_size": _size(config, "image_size", where, MOST_PIXELS),
+    }
+
+
 def read_internvit(config: Mapping[str, Any]) -> VisionTowerConfig:
-    where = "vision_config"
+    where = "vision_config of config.json"
     return VisionTowerConfig(
-        embed_dim=need(config, "hidden_size", where),
-        num_layers=need(config, "num_hidden_layers", where),
-        num_heads=need(config, "num_attention_heads", where),
-        mlp_dim=need(config, "intermediate_size", where),
-        patch_size=need(config, "patch_size", where),
-        image_size=need(config, "image_size", where),
+        **_tower_sizes(config, where),
+        num_layers=_size(config, "num_hidden_layers", where, MOST_LAYERS),
         norm=config.get("norm_type", "layer_norm"),
-        norm_epsilon=config.get("layer_norm_eps", 1e-6),
+        norm_epsilon=check_positive(where, "layer_norm_eps", config.get("layer_norm_eps", 1e-6), 1),
         activation=config.get("hidden_act", "gelu"),
         qkv_bias=bool(config.get("qkv_bias", True)),
         qk_norm=bool(config.get("qk_normalization", False)),
@@ -208,18 +228,14 @@ def read_internvit(config: Mapping[str, Any]) -> VisionTowerConfig:
 
 def read_clip(config: Mapping[str, Any], feature_layer: int) -> VisionTowerConfig:
     where = "the CLIP vision config"
-    layers = need(config, "num_hidden_layers", where)
+    layers = _size(config, "num_hidden_layers", where, MOST_LAYERS)
     computed = layers + 1 + feature_layer if feature_layer < 0 else feature_layer
     if not 0 < computed <= layers:
         raise InputError(f"vision feature layer {feature_layer} lies outside the tower's {layers} layers")
     return VisionTowerConfig(
-        embed_dim=need(config, "hidden_size", where),
+        **_tower_sizes(config, where),
         num_layers=computed,
-        num_heads=need(config, "num_attention_heads", where),
-        mlp_dim=need(config, "intermediate_size", where),
-        patch_size=need(config, "patch_size", where),
-        image_size=need(config, "image_size", where),
-        norm_epsilon=config.get("layer_norm_eps", 1e-5),
+        norm_epsilon=check_positive(where, "layer_norm_eps", config.get("layer_norm_eps", 1e-5), 1),
         activation=config.get("hidden_act", "quick_gelu"),
         patch_bias=False,
         layer_scale=False,
@@ -249,13 +265,19 @@ def _write_vision(config: VisionTowerConfig, clip: bool) -> dict[str, Any]:
 # ---- whole models
 
 
+def architectures(config: Mapping[str, Any]) -> list[Any]:
+    """The classes that a config names; a list of None where it names none."""
+    found = config.get("architectures")
+    return found if isinstance(found, list) and found and isinstance(found[0], str) else [None]
+
+
 def detect_format(config: Mapping[str, Any]) -> str:
     """Which of `FORMATS` a `config.json` describes, told by its content: both LLaVAs say `model_type: llava`."""
     kind = config.get("model_type")
     if kind == "phantom":
         return "phantom"
     if kind in ("llava", "llava_llama"):
-        original = "mm_vision_tower" in config or "LlavaLlamaForCausalLM" in (config.get("architectures") or ())
+        original = "mm_vision_tower" in config or "LlavaLlamaForCausalLM" in architectures(config)
         return "llava-original" if original else "llava-hf"
     raise InputError(
         f"config.json has model_type={kind!r}: checkpoints of Phantom (phantom), llava-hf and the original LLaVA "
@@ -287,7 +309,7 @@ def read(
         return _read_llava_original(config, vision_config, tower)
     except InputError:
         raise
-    except (AttributeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"config.json does not describe a {layout} model that is supported: {error}") from error
 
 
@@ -303,11 +325,11 @@ def _read_phantom(config):
     kind = text.get("model_type")
     if kind not in _ARCHITECTURES:
         by_architecture = {architecture: name for name, architecture in _ARCHITECTURES.items()}
-        kind = by_architecture.get((text.get("architectures") or [None])[0])
+        kind = by_architecture.get(architectures(text)[0])
     if kind is None:
         raise InputError(f"llm_config has model_type={text.get('model_type')!r}: use one of {list(_ARCHITECTURES)}")
     vision = read_internvit(need(config, "vision_config", "config.json"))
-    decoder = read_decoder(text, kind, PhantomConfig(), "llm_config")
+    decoder = read_decoder(text, kind, PhantomConfig(), "llm_config of config.json")
     shuffle = round(1 / config.get("downsample_ratio", 0.5))
     projector = ProjectorConfig("pixel_shuffle", vision.embed_dim, decoder.embed_dim, shuffle)
     tokens = TokenIds(
@@ -330,7 +352,7 @@ def _read_llava_hf(config):
     if activation not in ("gelu", "linear"):
         raise InputError(f"projector_hidden_act={activation!r}: only 'gelu' and 'linear' are supported")
     vision = read_clip(need(config, "vision_config", "config.json"), config.get("vision_feature_layer", -2))
-    decoder = read_decoder(text, "llama", None, "text_config")
+    decoder = read_decoder(text, "llama", None, "text_config of config.json")
     kind = "linear" if activation == "linear" else "mlp2x_gelu"
     projector = ProjectorConfig(kind, vision.embed_dim, decoder.embed_dim)
     image = config.get("image_token_index", config.get("image_token_id"))

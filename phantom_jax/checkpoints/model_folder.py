@@ -9,8 +9,9 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from phantom_jax.checkpoints import hf, native, pickled, tensor_report
 from phantom_jax.checkpoints.generation_config import generation_config
@@ -55,6 +56,8 @@ def read(
     if not directory.is_dir():
         raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
     if (directory / native.CONFIG).is_file():
+        if vision is not None:
+            raise InputError(f"{directory} is a model of ours and holds its vision tower: leave --vision out")
         checkpoint = native.load(directory, dtype=dtype)
     elif (directory / "config.json").is_file():
         if "phases" in read_json(directory / "config.json"):
@@ -161,36 +164,31 @@ def check_format(format: str) -> None:
 
 
 def check_new(path: str | os.PathLike[str]) -> None:
-    """Raises an `InputError` where there is something already."""
+    """Raises an `InputError` where there is something already, or what cannot be replaced by a folder."""
     target = pathlib.Path(path)
+    if target.is_symlink():
+        raise InputError(f"{str(path)!r} is a symbolic link: nothing was written, choose a new folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(path)!r} exists and is not an empty folder: nothing was written, choose a new one")
+    if os.path.ismount(target) or (target.exists() and target.samefile(os.curdir)):
+        what = "a mount point" if os.path.ismount(target) else "the folder that you are in"
+        raise InputError(f"{str(path)!r} is {what}: nothing was written, choose a new folder inside it")
 
 
 @contextlib.contextmanager
 def appearing(path: str | os.PathLike[str], *, needed: int = 0) -> Iterator[pathlib.Path]:
     """A folder beside the target to write into; it becomes the target when all went well, else it is removed.
 
-    What a killed process left there is removed by the next one that writes the same target.
-
     Args:
       path: the target, new or empty.
       needed: bytes that will be written, as far as known.
 
     Raises:
-      InputError: another process is writing the target, or the disk is full.
+      InputError: there is something at the target, another process is writing it, or the disk is full.
     """
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / f".{target.name}.partial"
-    scratch.mkdir(exist_ok=True)
-    lock = (scratch / _LOCK).open("w")
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing {str(path)!r}: wait for it, or choose a new folder") from None
-        _empty(scratch)
+    target = pathlib.Path(os.path.abspath(path))
+    with scratch_folder(target, "partial") as scratch:
+        check_new(path)
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise InputError(
@@ -199,26 +197,74 @@ def appearing(path: str | os.PathLike[str], *, needed: int = 0) -> Iterator[path
             )
         try:
             yield scratch
-            (scratch / _LOCK).unlink()
-            if target.exists():
-                target.rmdir()
-            scratch.rename(target)
-            _sync(target.parent)
-        except BaseException as error:
-            shutil.rmtree(scratch, ignore_errors=True)
+        except Exception as error:
             if _disk_is_full(error):
                 raise InputError(
                     f"the disk of {str(path)!r} became full: nothing was left there, make room or choose another disk"
                 ) from error
             raise
+        check_new(path)
+        # Takes the place of an empty folder. The lock goes last: without it another process might take the folder over.
+        scratch.rename(target)
+        (target / _LOCK).unlink()
+        _sync(target.parent)
+
+
+@contextlib.contextmanager
+def scratch_folder(target: pathlib.Path, purpose: str) -> Iterator[pathlib.Path]:
+    """An empty folder `.NAME.PURPOSE` beside a target, of this process alone; it is removed at the end.
+
+    What a killed process left there goes first. Parents that it needs are made, and removed with it where they are
+    empty then.
+
+    Raises:
+      InputError: another process is writing the target.
+    """
+    target = pathlib.Path(os.path.abspath(target))
+    folder = target.parent / f".{target.name}.{purpose}"
+    made = [parent for parent in target.parents if not parent.exists()]
+    lock = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("w")
+        if not _holds(lock, folder):
+            raise InputError(f"another process is writing {str(target)!r}: wait for it, or choose a new folder")
+        for entry in folder.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        yield folder
     finally:
-        lock.close()
+        # A signal may come when the file is there, and not its name here.
+        with contextlib.suppress(OSError):
+            lock = lock or (folder / _LOCK).open("r+")
+        if lock is not None and _holds(lock, folder):
+            _remove(folder)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        if lock is not None:
+            lock.close()
 
 
-def _empty(directory: pathlib.Path) -> None:
-    for entry in directory.iterdir():
-        if entry.name != _LOCK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _remove(folder: pathlib.Path) -> None:
+    """Also where threads of a save that was interrupted, Orbax's for instance, still write a last file into it."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+
+
+def _holds(lock: TextIO, folder: pathlib.Path) -> bool:
+    """Whether this process has, or now gets, the lock of a folder."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The folder may have gone, or another one have come, since the file was opened.
+        return os.path.samestat(os.fstat(lock.fileno()), (folder / _LOCK).stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -12,9 +12,9 @@ import numpy as np
 from phantom_jax.checkpoints import orbax_stream
 from phantom_jax.checkpoints.arrays import cast
 from phantom_jax.checkpoints.hf import Checkpoint, Origin, shapes
-from phantom_jax.checkpoints.hf_config import Published, TokenIds
+from phantom_jax.checkpoints.hf_config import FORMATS, LANGUAGE_MODELS, Published, TokenIds
 from phantom_jax.checkpoints.quantized import join_fields, split_fields
-from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.checkpoints.tensor_files import listed, read_json
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.errors import InputError
 from phantom_jax.models.decoder import DecoderConfig
@@ -22,6 +22,7 @@ from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.ops.quantize import KINDS
 from phantom_jax.ops.rope import RopeConfig
 from phantom_jax.trees import flatten, unflatten
 
@@ -57,9 +58,24 @@ def described(content: Mapping[str, Any], where: pathlib.Path) -> tuple[VisionLa
     try:
         config = _model_config(content["model"])
         tokens = TokenIds(**{**content["tokens"], "eos": tuple(content["tokens"]["eos"])})
-        return config, Published(**content["published"]), tokens
-    except (KeyError, TypeError, ValueError) as error:
+        published = Published(**content["published"])
+        hash(config)  # a list where a number or a word should be has none
+        _check_published(published)
+        return config, published, tokens
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where} does not describe a model: {error}. Save it again") from error
+
+
+def _check_published(published: Published) -> None:
+    for name, known in (("format", FORMATS), ("language_model", LANGUAGE_MODELS)):
+        if getattr(published, name) not in known:
+            raise ValueError(f"published.{name}={getattr(published, name)!r} is none of {', '.join(known)}")
+    for name in ("config", "vision_config", "generation_config"):
+        if not isinstance(getattr(published, name), dict):
+            raise ValueError(f"published.{name} is no object")
+    for name in ("llm_config", "text_config", "vision_config"):
+        if not isinstance(published.config.get(name, {}), dict):
+            raise ValueError(f"published.config.{name} is no object")
 
 
 def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
@@ -95,20 +111,37 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
             f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
             f"{_SCHEMA}: use the version of phantom_jax that wrote it"
         )
+    unknown = sorted(set(content) - {"schema_version", "model", "published", "tokens", "origin", "quantization"})
+    if unknown:
+        raise InputError(f"{directory / CONFIG} has unknown fields {', '.join(map(repr, unknown))}: remove them")
     config, published, tokens = described(content, directory / CONFIG)
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
-    expected, quantization = shapes(config), content.get("quantization")
-    flat = join_fields(orbax_stream.load(directory / _ARRAYS), quantization, expected)
+    origin, quantization = _extras(content, directory / CONFIG)
+    expected = shapes(config)
+    stored = orbax_stream.load(directory / _ARRAYS)
+    flat = join_fields(stored, quantization, expected, str(directory))
     _check({path: tuple(leaf.shape) for path, leaf in flat.items()}, expected, directory)
     if dtype is not None:
         if quantization:
             raise InputError(f"{directory} holds {quantization} weights, they have no other dtype: leave dtype out")
         flat = {path: cast(leaf, np.dtype(dtype)) for path, leaf in flat.items()}
     trees = unflatten(flat)
-    origin = Origin(**{key: tuple(names) for key, names in content.get("origin", {}).items()})
     entries = tuple(Entry("", (path,), "kept") for path in flat)
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, entries)
+
+
+def _extras(content: Mapping[str, Any], where: pathlib.Path) -> tuple[Origin, str | None]:
+    origin, quantization = content.get("origin", {}), content.get("quantization")
+    names = [field.name for field in dataclasses.fields(Origin)]
+    if not isinstance(origin, dict) or not all(
+        key in names and isinstance(value, list) and all(isinstance(name, str) for name in value)
+        for key, value in origin.items()
+    ):
+        raise InputError(f"{where} has origin={origin!r:.100}: it must list names under {' and '.join(names)}")
+    if quantization not in (None, *KINDS):
+        raise InputError(f"{where} has quantization={quantization!r:.100}: it must be null, {' or '.join(KINDS)}")
+    return Origin(**{key: tuple(value) for key, value in origin.items()}), quantization
 
 
 def _check(stored, expected, directory) -> None:
@@ -124,4 +157,4 @@ def _check(stored, expected, directory) -> None:
         ),
     ]
     if lines:
-        raise InputError(f"{directory} does not fit its {CONFIG}:\n  " + "\n  ".join(lines))
+        raise InputError(f"{directory} does not fit its {CONFIG}. Take both from one folder.\n    {listed(lines)}")

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from phantom_jax.trees import flatten, unflatten
 BLOCK_BYTES = 1 << 25
 _IN_FLIGHT_BYTES = 1 << 27
 _CHUNK_BYTES = 1 << 20
+# What zarr keeps beside the chunks of an array.
+_DESCRIPTION = "/.zarray"
 
 
 class _Leaf:
@@ -53,7 +56,19 @@ def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 class _Handler(ocp.type_handlers.TypeHandler):
-    """Writes leaves one block after the other."""
+    """Writes leaves one block after the other, on a thread that Orbax makes for it."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def stop(self) -> None:
+        """Writes no more; nothing is on its way to the disk when this returns."""
+        with self._lock:
+            self._stopped = True
+        self._idle.wait()
 
     def typestr(self) -> str:
         return "jax.Array"
@@ -68,19 +83,33 @@ class _Handler(ocp.type_handlers.TypeHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(values, infos), name="blocks")]
 
     async def _write(self, leaves: Sequence[_Leaf], infos: Sequence[Any]) -> None:
+        for info in infos:
+            await info.await_path_creation()
+        with self._lock:
+            if self._stopped:
+                return
+            self._idle.clear()
+        waiting: collections.deque[tuple[Any, int]] = collections.deque()
+        try:
+            await self._write_blocks(leaves, infos, waiting)
+        finally:
+            for written, _ in waiting:
+                with contextlib.suppress(Exception):
+                    await written
+            self._idle.set()
+
+    async def _write_blocks(self, leaves: Sequence[_Leaf], infos: Sequence[Any], waiting: collections.deque) -> None:
         # Orbax names the pool in the specification; `_sync` does what `file_io_sync` would.
         context = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 1 << 26}, "file_io_sync": False})
-        stores = {}
-        for leaf, info in zip(leaves, infos, strict=True):
-            await info.await_path_creation()
-            stores[leaf.path] = await _create(leaf, info, context)
-        waiting: collections.deque[tuple[Any, int]] = collections.deque()
+        stores = {leaf.path: await _create(leaf, info, context) for leaf, info in zip(leaves, infos, strict=True)}
         flying = 0
         # Arrays of one quantised kernel go layer by layer together, so that each layer is quantised once.
         work = ((leaf, box) for leaf in leaves for box in leaf.boxes())
         work = sorted(work, key=lambda item: (_kernel_of(item[0]), item[1][0].start if item[1] else 0))
         makers = (functools.partial(_block, leaf, box) for leaf, box in work)
         for (leaf, box), block in zip(work, made_ahead(makers), strict=True):
+            if self._stopped:
+                return
             written = stores[leaf.path][box].write(block, can_reference_source_data_indefinitely=True)
             waiting.append((written, block.nbytes))
             flying += block.nbytes
@@ -88,8 +117,8 @@ class _Handler(ocp.type_handlers.TypeHandler):
                 oldest, size = waiting.popleft()
                 await oldest
                 flying -= size
-        for written, _ in waiting:
-            await written
+        while waiting:
+            await waiting.popleft()[0]
         _sync(infos[0].parent_dir)
 
 
@@ -133,11 +162,15 @@ def save(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
       tree: its leaves are `StoredArray`, numpy's or jax's arrays.
     """
     leaves = unflatten({name: _Leaf(name, array) for name, array in flatten(tree).items()})
-    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, _Handler()))
+    writer = _Handler()
+    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, writer))
     with _quiet():
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
+            try:
+                checkpointer.save(path, args=ocp.args.PyTreeSave(leaves))
+            finally:
+                writer.stop()
 
 
 @contextlib.contextmanager
@@ -157,38 +190,33 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       InputError: it is damaged; also later, when a damaged array is read.
     """
+    base = {"driver": "ocdbt", "base": f"file://{path}/"}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            described = flatten(checkpointer.metadata(path).item_metadata.tree)
-        return {name: _stored(path, name, leaf) for name, leaf in described.items()}
-    # Orbax raises bare `Exception` where a file cannot be read.
-    except Exception as error:
+        keys = [key.decode() for key in tensorstore.KvStore.open(base).result().list().result()]
+        found = [key.removesuffix(_DESCRIPTION) for key in keys if key.endswith(_DESCRIPTION)]
+        if not found:
+            raise ValueError("it holds no arrays")
+        # A chunk that is not there would be read as zeros.
+        specs = [
+            {"driver": "zarr", "kvstore": {**base, "path": name + "/"}, "fill_missing_data_reads": False}
+            for name in found
+        ]
+        opening = [tensorstore.open(spec, read=True, open=True) for spec in specs]
+        return {
+            name.replace(".", "/"): _stored(path, store.result()) for name, store in zip(found, opening, strict=True)
+        }
+    except (ValueError, OSError) as error:
         raise _damaged(path, error) from error
 
 
-def _stored(path: pathlib.Path, name: str, described: Any) -> StoredArray:
-    shape = tuple(described.shape)
-    store: list[tensorstore.TensorStore] = []
-
+def _stored(path: pathlib.Path, store: tensorstore.TensorStore) -> StoredArray:
     def read(box: Box) -> np.ndarray:
         try:
-            if not store:
-                store.append(_open(path, name))
-            return store[0][box].read().result() if box else np.asarray(store[0].read().result())
+            return store[box].read().result() if box else np.asarray(store.read().result())
         except (ValueError, OSError) as error:
             raise _damaged(path, error) from error
 
-    return StoredArray(shape, described.dtype, read, 1 if len(shape) > 2 else 0)
-
-
-def _open(path: pathlib.Path, name: str) -> tensorstore.TensorStore:
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": name.replace("/", ".") + "/"},
-        # A chunk that is not there would be read as zeros.
-        "fill_missing_data_reads": False,
-    }
-    return tensorstore.open(spec, read=True, open=True).result()
+    return StoredArray(store.shape, store.dtype.numpy_dtype, read, 1 if store.ndim > 2 else 0)
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> InputError:

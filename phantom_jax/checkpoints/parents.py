@@ -118,7 +118,7 @@ def read_language_model(folder: str | os.PathLike[str], *, open_files: OpenTenso
     sees_images = config.get("model_type") == _INTERNVL
     if sees_images:
         config, where = hf_config.need(config, "llm_config", where), f"llm_config of {where}"
-    architecture = (config.get("architectures") or [None])[0]
+    architecture = hf_config.architectures(config)[0]
     kind = _LANGUAGE_MODELS.get(architecture, config.get("model_type"))
     if kind not in _LANGUAGE_MODELS.values():
         raise InputError(
@@ -161,7 +161,7 @@ def read_vision_tower(folder: str | os.PathLike[str], *, open_files: OpenTensors
     kind = config.get("model_type")
     if kind in (_INTERNVL, "clip"):
         config, where = hf_config.need(config, "vision_config", where), f"vision_config of {where}"
-    internvit = kind == _INTERNVL or "InternVisionModel" in (config.get("architectures") or ())
+    internvit = kind == _INTERNVL or "InternVisionModel" in hf_config.architectures(config)
     if not internvit and kind not in ("clip", "clip_vision_model", "intern_vit_6b", "intern_vit_300m"):
         raise InputError(
             f"{where} has model_type={kind!r}: a vision tower is a folder of InternViT or CLIP, or a whole InternVL2"
@@ -250,7 +250,7 @@ def _config(folder: pathlib.Path) -> tuple[Mapping[str, Any], str]:
 def _checked(where: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{where} does not describe a model that is supported: {error}") from error
 
 

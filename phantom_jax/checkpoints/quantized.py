@@ -79,8 +79,20 @@ def split_fields(flat: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     return split, kinds.pop() if kinds else None
 
 
-def join_fields(flat: Mapping[str, Any], kind: str | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The inverse of `split_fields`; `shapes` are those of the float kernels by path."""
+def join_fields(
+    flat: Mapping[str, Any], kind: str | None, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, Any]:
+    """The inverse of `split_fields`.
+
+    Args:
+      flat: arrays by path.
+      kind: what kernels are quantised to.
+      shapes: those of the float kernels by path.
+      where: the folder's name, for the error.
+
+    Raises:
+      InputError: the arrays of a kernel are not those of that kind.
+    """
     joined: dict[str, Any] = {}
     for path, array in flat.items():
         kernel, _, name = path.rpartition("/")
@@ -92,6 +104,18 @@ def join_fields(flat: Mapping[str, Any], kind: str | None, shapes: Mapping[str, 
     for path, fields in joined.items():
         if isinstance(fields, dict):
             inputs = kernel_inputs(path.removeprefix("params/"))
-            shape = shapes[path][1:]
-            joined[path] = QuantizedTensor(**fields, kind=kind, input_shape=shape[:inputs], output_shape=shape[inputs:])
+            layers, *shape = shapes[path]
+            form = jax.eval_shape(
+                functools.partial(quantize, kind=kind, inputs=inputs), jax.ShapeDtypeStruct(shape, np.float32)
+            )
+            for name, field in fields.items():
+                wanted, found = getattr(form, name), None if field is None else tuple(field.shape)
+                if found != (None if wanted is None else (layers, *wanted.shape)):
+                    raise InputError(
+                        f"{where} has {path}/{name} of shape {found}, which is not how {kind} kernels of "
+                        f"{list(shapes[path])} are kept: save it again"
+                    )
+            joined[path] = QuantizedTensor(
+                **fields, kind=kind, input_shape=form.input_shape, output_shape=form.output_shape
+            )
     return joined

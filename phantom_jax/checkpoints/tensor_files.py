@@ -8,7 +8,7 @@ import pathlib
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -31,17 +31,36 @@ DTYPES = {
 
 # What the format's own library allows.
 _MAX_HEADER = 100_000_000
+_DEEPEST = 100
+"""Lists and objects in each other; what copies and compares them takes several calls for each."""
+_MOST_LISTED = 20
+
+
+def listed(found: Sequence[str]) -> str:
+    """Names of a file for an error, one a line: not thousands of them, and none that would write over a terminal."""
+    lines = [name if name.isprintable() else repr(name) for name in found[:_MOST_LISTED]]
+    if len(found) > _MOST_LISTED:
+        lines.append(f"and {len(found) - _MOST_LISTED} more")
+    return "\n    ".join(lines)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object, or an `InputError` that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        _check_depth(content, _DEEPEST)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}, not a JSON object")
     return content
+
+
+def _check_depth(content: Any, left: int) -> None:
+    if not left:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep")
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        _check_depth(value, left - 1)
 
 
 class TensorFiles:
@@ -65,7 +84,9 @@ class TensorFiles:
         for path in paths:
             for name, entry in _header(path).items():
                 if name in self._where:
-                    raise InputError(f"tensor {name!r} stands in {self._where[name][0].name} and in {path.name}")
+                    raise InputError(
+                        f"{self._where[name][0]} and {path} both hold the tensor {name!r}: take all from one place"
+                    )
                 self._where[name] = (path, *entry)
 
     @classmethod
@@ -86,13 +107,14 @@ class TensorFiles:
         for name in sorted(set(index.values())):
             if pathlib.PurePath(name).name != name or name in ("", ".."):
                 raise InputError(f"{directory / INDEX} names the shard {name!r}: not a file of {directory}")
-            if not (directory / name).is_file():
+            # Unlike that of pathlib, False for whatever cannot be the name of a file.
+            if not os.path.isfile(directory / name):
                 raise InputError(f"{directory / INDEX} names the shard {name!r}, which is missing: fetch it again")
         files = cls([directory / name for name in sorted(set(index.values()))])
         elsewhere = [name for name, (path, *_) in files._where.items() if index.get(name) not in (path.name, None)]
         missing = sorted(set(index) - set(files._where)) + sorted(elsewhere)
         if missing:
-            raise InputError(f"{directory / INDEX} lists tensors that their shards do not hold: {', '.join(missing)}")
+            raise InputError(f"{directory / INDEX} lists tensors that their shards do not hold:\n    {listed(missing)}")
         return files
 
     def only(self, names: Iterable[str]) -> "TensorFiles":
@@ -162,20 +184,37 @@ def _close(descriptors: dict[pathlib.Path, int]) -> None:
 def _header(path: pathlib.Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
     """For each tensor where its data begin in the file, its dtype and its shape."""
     try:
-        # The format's library checks that ranges fit the shapes, do not overlap and fill the file.
-        with safetensors.safe_open(path, framework="np"):
-            pass
         with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            content = file.read(min(size, _MAX_HEADER))
+            (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            content = file.read(size) if size <= _MAX_HEADER else b""
+        # The format's library checks that ranges fit the shapes, do not overlap and fill the file.
+        try:
+            with safetensors.safe_open(path, framework="np"):
+                pass
+        except safetensors.SafetensorError as error:
+            raise ValueError(_misfit(content) or error) from error
         entries = json.loads(content, object_pairs_hook=_without_duplicates)
-    except (OSError, ValueError, struct.error, safetensors.SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is no readable safetensors file, fetch it again: {error}") from error
     entries.pop("__metadata__", None)
     return {
         name: (8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in entries.items()
     }
+
+
+def _misfit(content: bytes) -> str | None:
+    """The first tensor whose bytes are not as many as its shape says; the format's library leaves its name out."""
+    try:
+        for name, entry in json.loads(content).items():
+            if name != "__metadata__" and entry["dtype"] in DTYPES:
+                start, stop = entry["data_offsets"]
+                needed = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+                if stop - start != needed:
+                    return f"{name!r} is {entry['dtype']} {entry['shape']}, {needed} bytes, and has {stop - start}"
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        pass
+    return None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from phantom_jax.models.layers import Dense, RMSNorm
 from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_sos
 from phantom_jax.ops import rope as rotary
 from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.sizes import MOST_LAYERS, check_positive, check_size
 from phantom_jax.trees import flatten, unflatten
+
+_LONGEST = 2**31 - 1  # positions are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,24 @@ class DecoderConfig:
     phantom: PhantomConfig | None = None
 
     def __post_init__(self):
+        where, rope = "the decoder", self.rope
+        for name in ("vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            check_size(where, name, getattr(self, name))
+        check_size(where, "num_layers", self.num_layers, MOST_LAYERS)
+        check_positive(where, "norm_epsilon", self.norm_epsilon, 1)
+        check_size(where, "rope.max_length", rope.max_length, _LONGEST)
+        for name in ("theta", "factor"):
+            check_positive(where, f"rope.{name}", getattr(rope, name))
+        if self.head_dim % 2:
+            raise ValueError(f"heads of {self.head_dim} channels can not be rotated: head_dim must be even")
+        if rope.original_max_length is not None:
+            check_size(where, "rope.original_max_length", rope.original_max_length, _LONGEST)
+            counts = {len(rope.short_factor), len(rope.long_factor)}
+            if rope.kind in ("su", "longrope") and counts != {self.head_dim // 2}:
+                raise ValueError(
+                    f"rope kind {rope.kind!r} has {len(rope.short_factor)} short and {len(rope.long_factor)} long "
+                    f"factors: heads of {self.head_dim} channels need {self.head_dim // 2} of each"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} key-value heads")
 

@@ -15,6 +15,7 @@ makes the expansion depend on the token: one key token per head would make every
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ class PhantomConfig:
     def __post_init__(self):
         if self.gate not in ("learned", "equal"):
             raise ValueError(f"phantom gate {self.gate!r} does not exist: use learned or equal")
+        if not math.isfinite(self.eta):
+            raise ValueError(f"phantom eta is {self.eta}: it must be a finite number")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["query", "key", "value"], meta_fields=[])

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from phantom_jax import axes
 from phantom_jax.models.layers import Dense, LayerNorm
+from phantom_jax.sizes import check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ProjectorConfig:
     shuffle: int = 1
 
     def __post_init__(self):
+        for name in ("vision_dim", "embed_dim", "shuffle"):
+            check_size("the projector", name, getattr(self, name))
         if self.kind not in ("pixel_shuffle", "linear", "mlp2x_gelu"):
             raise ValueError(f"projector {self.kind!r} does not exist: use pixel_shuffle, linear or mlp2x_gelu")
 

@@ -13,6 +13,7 @@ from phantom_jax.models.layers import Dense, LayerNorm, RMSNorm, scaled_normal
 from phantom_jax.ops import image as image_ops
 from phantom_jax.ops import norm as norm_ops
 from phantom_jax.ops.attention import attention
+from phantom_jax.sizes import MOST_LAYERS, MOST_PIXELS, check_positive, check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,13 @@ class VisionTowerConfig:
     unused_layers: int = 0
 
     def __post_init__(self):
+        where = "the vision tower"
+        for name in ("embed_dim", "num_heads", "mlp_dim"):
+            check_size(where, name, getattr(self, name))
+        check_size(where, "num_layers", self.num_layers, MOST_LAYERS)
+        check_size(where, "image_size", self.image_size, MOST_PIXELS)
+        check_size(where, "patch_size", self.patch_size, self.image_size)
+        check_positive(where, "norm_epsilon", self.norm_epsilon, 1)
         if self.norm not in ("layer_norm", "rms_norm"):
             raise ValueError(f"vision norm {self.norm!r} does not exist: use layer_norm or rms_norm")
         if self.activation not in ("gelu", "quick_gelu"):

@@ -36,6 +36,11 @@ class VisionLanguageConfig:
                 f"the projector maps {projector.vision_dim} to {projector.embed_dim}, but the vision tower is "
                 f"{vision.embed_dim} and the decoder {decoder.embed_dim} wide"
             )
+        if projector.kind == "pixel_shuffle" and vision.grid % projector.shuffle:
+            raise ValueError(
+                f"{vision.grid} x {vision.grid} patches of an image do not divide by {projector.shuffle} x "
+                f"{projector.shuffle}, which the projector joins"
+            )
 
     @property
     def tokens_per_tile(self) -> int:
@@ -143,7 +148,8 @@ class VisionLanguageModel(nn.Module):
 def abstract_parameters(model: VisionLanguageModel) -> Any:
     """Shapes (float32) and logical axis names of all parameters, `nn.Partitioned` boxes; nothing is allocated."""
     size = model.config.vision_tower.image_size
-    tokens = {name: jnp.zeros((1, 1), jnp.int32) for name in ("token_ids", "positions", "image_slots", "targets")}
-    batch = tokens | {"segment_ids": jnp.ones((1, 1), jnp.int32), "pixels": jnp.zeros((1, 1, size, size, 3))}
+    names = ("token_ids", "positions", "segment_ids", "image_slots", "targets")
+    batch = {name: jax.ShapeDtypeStruct((1, 1), jnp.int32) for name in names}
+    batch["pixels"] = jax.ShapeDtypeStruct((1, 1, size, size, 3), jnp.float32)
     init = functools.partial(model.init, rope_length=1, method="score")
     return jax.eval_shape(init, jax.random.key(0), batch)["params"]

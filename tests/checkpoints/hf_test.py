@@ -290,7 +290,7 @@ def test_nothing_is_overwritten(golden, tmp_path):
         ({"llm_config": {"vocab_size": None}}, "has no 'vocab_size'"),
         ({"image_token_index": None}, "has no 'image_token_index'"),
         ({"llm_config": {"num_key_value_heads": 3}}, "4 query heads are no multiple of 3"),
-        ({"llm_config": {"hidden_size": "x"}}, "does not describe a phantom model that is supported"),
+        ({"llm_config": {"hidden_size": "x"}}, "hidden_size='x': it must be a whole number"),
         ({"vision_config": {"norm_type": "group_norm"}}, "vision norm 'group_norm' does not exist"),
         ({"eos_token_id": None, "llm_config": {"eos_token_id": None}}, "has no 'eos_token_id'"),
     ],

@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from phantom_jax import cli
 from phantom_jax.checkpoints import pickled
 from phantom_jax.errors import InputError
+from tests.checkpoints import peft_folder, refusals
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -164,3 +167,44 @@ def test_about_one_tensor_is_held(tmp_path):
     one = side * side * 4
     assert (tmp_path / "large.bin").stat().st_size > count * one
     assert peak_memory(tmp_path / "large.bin", tmp_path) - peak_memory(tmp_path / "small.bin", tmp_path) < 1.5 * one
+
+
+@pytest.fixture
+def model(golden, tmp_path):
+    """A published Phantom, its weights pickled."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(golden / "phantom-0.5b" / "config.json", folder / "config.json")
+    torch.save(load_file(golden / "phantom-0.5b" / "model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_convert_reads_what_it_is_allowed_to(model, golden, tmp_path):
+    command = ["convert", f"--source={model}", f"--target={tmp_path / 'new'}", "--to=phantom", "--allow_pickle"]
+    assert cli.main(command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "new"}
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "new", golden / "phantom-0.5b"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        same_bytes(ours[name], tensor)
+
+
+def test_convert_runs_no_code_of_a_file(model, tmp_path, capsys):
+    canary, path = tmp_path / "canary", model / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    torch.save({**tensors, "more": Canary(canary)}, path)
+    command = ["convert", f"--source={model}", f"--target={tmp_path / 'new'}", "--to=phantom"]
+    for allowed, text in (([], "--allow_pickle"), (["--allow_pickle"], "GLOBAL posix.system")):
+        refusals.refused(capsys, tmp_path, [*command, *allowed], model, text)
+    assert not canary.exists()
+
+
+def test_merge_runs_no_code_of_an_adapter(golden, tmp_path, capsys):
+    base, canary = golden / "phantom-0.5b", tmp_path / "canary"
+    adapter = peft_folder.write(tmp_path / "adapter", peft_folder.factors(base))
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(3), "more": Canary(canary)}, adapter / "adapter_model.bin")
+    command = ["merge", f"--model={base}", f"--adapter={adapter}", f"--target={tmp_path / 'new'}"]
+    for allowed, text in (([], "--allow_pickle"), (["--allow_pickle"], "GLOBAL posix.system")):
+        refusals.refused(capsys, tmp_path, [*command, *allowed], adapter, text)
+    assert not canary.exists()
