@@ -40,7 +40,7 @@ CONVERT = {
     "no dtype": ("--source={ours} --dtype=int8", "flag --dtype=int8"),
     "no quantisation": ("--source={ours} --quantize=int3", "flag --quantize=int3"),
     "no source": ("--source={none}", "there is no model folder '{none}'"),
-    "a file": ("--source={ours}/phantom_jax.json", "there is no model folder '{ours}/phantom_jax.json'"),
+    "a file": ("--source={ours}/phantom_jax.json", "there is no folder '{ours}/phantom_jax.json'"),
     "no model": ("--source={results}", "{results} holds neither phantom_jax.json nor config.json"),
     "base of a model": ("--source={ours} --base={ours}", "{ours} is none: leave it out"),
     "base of a new model": ("--llm={ours} --vision={ours} --base={ours}", "a new model of {ours} and {ours} is none"),

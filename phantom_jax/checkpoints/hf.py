@@ -75,6 +75,15 @@ class Checkpoint:
         trees = unflatten(flat)
         return dataclasses.replace(self, params=trees["params"], unused=trees.get("unused", {}))
 
+    def check_float(self, layout: str) -> None:
+        """Raises an `InputError` where weights are quantised, for which the layout has no form."""
+        kind = next((leaf.kind for leaf in self.flat().values() if isinstance(leaf, QuantizedTensor)), None)
+        if kind is not None:
+            raise InputError(
+                f"the model is quantised to {kind}, and {layout} has no form for that: save it as 'ours', or convert the "
+                "model that it was made from"
+            )
+
     @property
     def dtype(self) -> str:
         """That of the largest array, by PyTorch's name; of quantised kernels their kind."""
@@ -344,13 +353,8 @@ def published_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
     Raises:
       InputError: the model lacks parameters that the layout has, or is quantised.
     """
-    flat = flatten({"params": checkpoint.params, "unused": checkpoint.unused})
-    kind = next((leaf.kind for leaf in flat.values() if isinstance(leaf, QuantizedTensor)), None)
-    if kind is not None:
-        raise InputError(
-            f"the model is quantised to {kind}, and {checkpoint.published.format} has no form for that: save it as "
-            "'ours', or convert the model that it was made from"
-        )
+    checkpoint.check_float(checkpoint.published.format)
+    flat = checkpoint.flat()
     # A tower made here has none of the layers that only published ones carry.
     rows = [
         row

@@ -8,8 +8,6 @@ from phantom_jax.checkpoints.hf_config import TokenIds, check_expressible, publi
 from phantom_jax.checkpoints.special_tokens import LLAVA_HF, for_format
 from phantom_jax.checkpoints.tensor_report import changed
 from phantom_jax.checkpoints.vocabulary import resize_rows
-from phantom_jax.errors import InputError
-from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor
 
 # As in the converter of the llava-hf models: rows that a matrix unit likes.
@@ -31,12 +29,7 @@ def in_layout(checkpoint: Checkpoint, processor: Processor | None, layout: str) 
     Raises:
       InputError: the layout cannot express the model, or its weights are quantised.
     """
-    kinds = {leaf.kind for leaf in checkpoint.flat().values() if isinstance(leaf, QuantizedTensor)}
-    if kinds:
-        raise InputError(
-            f"the weights are quantised to {' and '.join(sorted(kinds))}, and {layout} has no form for that: take the "
-            "model that they were made from"
-        )
+    checkpoint.check_float(layout)
     if checkpoint.published.format == layout:
         return checkpoint, processor
     published = publish(checkpoint.config, layout)
