@@ -39,7 +39,7 @@ CONVERT = {
     "no layout": ("--source={ours} --to=x", "flag --to=x"),
     "no dtype": ("--source={ours} --dtype=int8", "flag --dtype=int8"),
     "no quantisation": ("--source={ours} --quantize=int3", "flag --quantize=int3"),
-    "no source": ("--source={none}", "there is no model folder '{none}'"),
+    "no source": ("--source={none}", "there is no folder '{none}'"),
     "a file": ("--source={ours}/phantom_jax.json", "there is no folder '{ours}/phantom_jax.json'"),
     "no model": ("--source={results}", "{results} holds neither phantom_jax.json nor config.json"),
     "base of a model": ("--source={ours} --base={ours}", "{ours} is none: leave it out"),
