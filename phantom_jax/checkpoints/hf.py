@@ -80,8 +80,8 @@ class Checkpoint:
         kind = next((leaf.kind for leaf in self.flat().values() if isinstance(leaf, QuantizedTensor)), None)
         if kind is not None:
             raise InputError(
-                f"the model is quantised to {kind}, and {layout} has no form for that: save it as 'ours', or convert the "
-                "model that it was made from"
+                f"the model is quantised to {kind}, and {layout} has no form for that: save it as 'ours', or convert "
+                "the model that it was made from"
             )
 
     @property
