@@ -181,7 +181,7 @@ def test_flags_of_whole_models_are_not_ignored_for_adapters(golden, tmp_path):
     base = golden / "llava-hf"
     adapter = str(peft_folder.write(tmp_path / "peft", peft_folder.factors(base), rename=peft_folder.in_memory))
     for flag, value in (("dtype", "bfloat16"), ("template", "llava_v1"), ("verify", True)):
-        with pytest.raises(InputError, match=f"is an adapter, and --{flag} for whole models"):
+        with pytest.raises(InputError, match=f"is an adapter, and --{flag} is for whole models"):
             conversion.convert(adapter, str(tmp_path / "new"), layout="ours", base=str(base), **{flag: value})
     with pytest.raises(InputError, match="there is no folder"):
         conversion.convert(str(tmp_path / "missing"), str(tmp_path / "new"), layout="peft")

@@ -27,7 +27,7 @@ def naming(family):
 def written(checkpoint):
     """The published tensors of a checkpoint."""
     return {
-        tensor.name: np.concatenate(list(tensor.blocks())).reshape(tensor.shape)
+        tensor.name: np.concatenate([block() for block in tensor.blocks()]).reshape(tensor.shape)
         for tensor in hf.published_tensors(checkpoint)
     }
 
@@ -150,7 +150,7 @@ def projector_of(base):
 def test_an_intermediate_folder_needs_the_model(golden, tmp_path):
     pairs = peft_folder.factors(golden / "llava-original", lambda module: "layers" in module)
     source = peft_folder.write(tmp_path / "checkpoint-10", pairs)
-    with pytest.raises(InputError, match="give the model that it was trained on, some/base"):
+    with pytest.raises(InputError, match="give --base, the model that it was trained on, some/base"):
         adapter_folder.read(source)
     assert not adapter_folder.read(source, hf.load(golden / "llava-original")).others
 
