@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from phantom_jax import cli, conversion, pretrained, verification
 from phantom_jax.checkpoints import hf_config, model_folder
@@ -186,3 +186,15 @@ def test_flags_of_whole_models_are_not_ignored_for_adapters(golden, tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
         conversion.convert(str(tmp_path / "missing"), str(tmp_path / "new"), layout="peft")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dtype_that_is_too_small_is_refused(golden, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "phantom-0.5b", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["vision_proj.1.weight"][3, 5] = -1e5
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InputError, match="a weight of 1e\\+05 overflows in float16: take bfloat16 or float32"):
+        conversion.convert(str(source), str(tmp_path / "new"), layout="ours", dtype="float16")
+    assert not (tmp_path / "new").exists()
+    conversion.convert(str(source), str(tmp_path / "new"), layout="ours", dtype="bfloat16")
