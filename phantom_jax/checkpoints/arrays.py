@@ -147,14 +147,13 @@ def cast(array: Any, dtype: Any) -> Any:
 
 
 def _converted(array: np.ndarray, dtype: Any) -> np.ndarray:
-    try:
-        with np.errstate(over="raise"):
-            return array.astype(dtype)
-    except FloatingPointError as error:
-        largest = np.abs(array[np.isfinite(array)]).max()
-        raise InputError(
-            f"a weight of {largest:.4g} overflows in {np.dtype(dtype)}: take bfloat16 or float32"
-        ) from error
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    overflown = np.isinf(result) & ~np.isinf(array)
+    if overflown.any():
+        value = float(array[overflown][0])
+        raise InputError(f"a weight of {value:.4g} overflows in {np.dtype(dtype)}: take bfloat16 or float32")
+    return result
 
 
 def made_ahead(makers: Iterable[Callable[[], Any]], depth: int = 2) -> Iterator[Any]:
