@@ -38,7 +38,7 @@ def define_convert(values: flags.FlagValues, argv: Sequence[str]) -> None:
     text = "Name of the conversation template to store. What the source remembers when not given."
     flags.DEFINE_string("template", None, text, flag_values=values)
     flags.DEFINE_boolean("allow_pickle", False, _PICKLE, flag_values=values)
-    text = "Folder that `evaluate --output` wrote: its result goes into the model card."
+    text = "Folder that `evaluate --output` wrote, or NAME=FOLDER: the model's result goes into the model card."
     flags.DEFINE_string("evaluation", None, text, flag_values=values)
     text = (
         "Read the target back: compare every tensor, logits with transformers where it loads the model, try a Phantom."

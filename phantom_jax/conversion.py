@@ -75,7 +75,7 @@ def convert(
       quantize: `int8` or `nf4`, for the linear maps of the language model's layers; `ours` alone holds that.
       template: name of the conversation template to store; None keeps what the source remembers.
       allow_pickle: read `.bin` files, in a process of its own.
-      evaluation: folder that `evaluate` wrote; its results go into the model card.
+      evaluation: folder that `evaluate` wrote, or NAME=FOLDER; its results go into the model card.
       verify: read the target back and compare; see `verification`.
 
     Returns:
@@ -289,21 +289,24 @@ def _how_to_load(layout: str, target: str, written: Checkpoint | Adapter) -> lis
 
 
 def _metrics(folder: str, source: str | Parents) -> dict[str, float]:
-    """The exact match that `evaluate --output` found, of the model of the source's name where there are several."""
+    """The exact match that `evaluate --output` found.
+
+    Args:
+      folder: what it wrote. Of several models NAME=FOLDER takes one; else it is that of the source's name.
+      source: the folder that is read.
+    """
+    name, named, folder = folder.rpartition("=")
     path = pathlib.Path(folder) / "results.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no results.json: give the folder that `evaluate --output` wrote")
     results = read_json(path)
-    name = pathlib.Path(str(source)).name
     try:
         models = results["models"]
-        found = models if len(models) == 1 else {key: value for key, value in models.items() if key == name}
-        for value in found.values():
-            right, count = value["all"]["all"]
-            return {f"exact match, {results['source']} {results['split']}, {count} questions": right / count}
-        said = ", ".join(models)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if not named:
+            name = next(iter(models)) if len(models) == 1 else pathlib.Path(str(source)).name
+        if name not in models:
+            raise InputError(f"{path} has results of {', '.join(models)}, none of {name!r}: give one as NAME=FOLDER")
+        right, count = models[name]["all"]["all"]
+        return {f"exact match, {results['source']} {results['split']}, {count} questions": right / count}
+    except (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError) as error:
         raise InputError(f"{path} is not what `evaluate --output` writes ({error!r})") from error
-    raise InputError(
-        f"{path} has results of {said}, and the source is called {name!r}: name one so in --model=NAME=FOLDER"
-    )

@@ -120,7 +120,7 @@ def test_results_go_into_the_model_card(golden, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     conversion.convert(str(golden / "phantom-0.5b"), str(tmp_path / "new"), layout="phantom", evaluation=str(tmp_path))
     assert "| exact match, numbers test, 4 questions | 0.75 |" in (tmp_path / "new" / "README.md").read_text()
-    with pytest.raises(InputError, match="has results of phantom-0.5b, other, and the source is called 'llava-hf'"):
+    with pytest.raises(InputError, match="has results of phantom-0.5b, other, none of 'llava-hf': give one as NAME="):
         conversion.convert(str(golden / "llava-hf"), str(tmp_path / "x"), layout="ours", evaluation=str(tmp_path))
 
 
