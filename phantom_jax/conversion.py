@@ -17,16 +17,15 @@ from phantom_jax.checkpoints.arrays import cast
 from phantom_jax.checkpoints.assemble import assemble
 from phantom_jax.checkpoints.hf import Checkpoint, Origin
 from phantom_jax.checkpoints.hf_processor import with_template
-from phantom_jax.checkpoints.load_lines import LAYOUTS, adapter_lines, load_lines, serve_line
+from phantom_jax.checkpoints.load_lines import adapter_lines, load_lines, serve_line
 from phantom_jax.checkpoints.model_card import model_card
 from phantom_jax.checkpoints.quantized import quantized
 from phantom_jax.checkpoints.relayout import in_layout
-from phantom_jax.checkpoints.tensor_files import read_json
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
+from phantom_jax.layouts import ADAPTER_LAYOUTS, LAYOUTS, STORED_DTYPES, check_name
 from phantom_jax.models.quantization import check_kind, kernel_inputs
 from phantom_jax.processor import Processor
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +66,10 @@ def convert(
     Args:
       source: folder to read, or the parents of a new model.
       target: folder to write; it must not exist, or be empty.
-      layout: one of `load_lines.LAYOUTS`.
+      layout: one of `layouts.LAYOUTS`.
       base: folder of the model that an adapter was trained on.
       vision: folder of the vision tower of an original LLaVA that leaves it out.
-      dtype: one of `DTYPES`, of all arrays; None keeps each as it is stored.
+      dtype: one of `layouts.STORED_DTYPES`, of all arrays; None keeps each as it is stored.
       quantize: `int8` or `nf4`, for the linear maps of the language model's layers; `ours` alone holds that.
       template: name of the conversation template to store; None keeps what the source remembers.
       allow_pickle: read `.bin` files, in a process of its own.
@@ -148,10 +147,9 @@ def merge_adapter(
 
 
 def _check(target: str, layout: str, dtype: str | None, quantize: str | None) -> None:
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} does not exist: use one of {', '.join(LAYOUTS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
+    check_name("layout", layout, LAYOUTS)
+    if dtype is not None:
+        check_name("dtype", dtype, STORED_DTYPES)
     if quantize is not None:
         check_kind(quantize)
         if layout != "ours":
@@ -227,10 +225,10 @@ def _write(
 def _convert_adapter(
     source: str, target: str, layout: str, base: str | None, scratch: pathlib.Path | None
 ) -> list[str]:
-    if layout not in adapter_folder.FORMATS:
+    if layout not in ADAPTER_LAYOUTS:
         raise InputError(
             f"{source} is an adapter, and {layout} a layout of whole models: set --to to "
-            f"{' or '.join(adapter_folder.FORMATS)}, or work it into its model with `merge`"
+            f"{' or '.join(ADAPTER_LAYOUTS)}, or work it into its model with `merge`"
         )
     model = None if base is None else model_folder.read(base, scratch=scratch)[0]
     adapter = adapter_folder.read(source, model, scratch=scratch)

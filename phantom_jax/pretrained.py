@@ -22,6 +22,7 @@ from phantom_jax.data.text import AnswerText
 from phantom_jax.errors import InputError
 from phantom_jax.generation.engine import Engine
 from phantom_jax.generation.settings import Settings
+from phantom_jax.layouts import MODEL_LAYOUTS, check_name
 from phantom_jax.models.decoder import stack_layers, unstack_layers
 from phantom_jax.models.quantization import check_kind, quantize_kernel
 from phantom_jax.models.vlm import VisionLanguageModel
@@ -289,7 +290,7 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
     """
     checkpoint, processor = handle.checkpoint(), handle.processor
     if format != "ours":
-        model_folder.check_format(format)
+        check_name("format", format, MODEL_LAYOUTS)
         checkpoint, processor = in_layout(checkpoint, processor, format)
     model_folder.write(checkpoint, processor, path, format=format)
 

@@ -13,7 +13,7 @@ from phantom_jax.checkpoints import hf, model_folder
 from phantom_jax.checkpoints.arrays import boxes, contiguous
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.quantized import split_fields
-from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.json_files import read_json
 from phantom_jax.processor import Processor
 
 _BLOCK_BYTES = 1 << 26

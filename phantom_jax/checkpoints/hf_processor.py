@@ -9,12 +9,12 @@ from typing import Any
 import tokenizers
 from absl import logging
 
-from phantom_jax.checkpoints.hf import read_json
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
 from phantom_jax.checkpoints.hf_tokenizer import read_tokenizer
 from phantom_jax.checkpoints.special_tokens import UNKNOWN
 from phantom_jax.data.conversation import Template, get_template, template_names
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import CLIP_MEAN, CLIP_STD, CONFIG, Processor
 

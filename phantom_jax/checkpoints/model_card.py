@@ -45,7 +45,7 @@ def model_card(
     Args:
       config: the model.
       published: names the family of its language model.
-      layout: of the folder, one of `load_lines.LAYOUTS`.
+      layout: of the folder, one of `layouts.LAYOUTS`.
       name: of the folder, or of the model on the Hub; the lines that load it say this.
       dtype: of the weights as stored.
       template: of the conversation; None is written as not recorded.

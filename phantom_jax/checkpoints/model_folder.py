@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -16,13 +15,14 @@ from typing import Any, TextIO
 from phantom_jax.checkpoints import hf, native, pickled, tensor_report
 from phantom_jax.checkpoints.generation_config import generation_config
 from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.checkpoints.hf_config import FORMATS
 from phantom_jax.checkpoints.hf_processor import load_processor
 from phantom_jax.checkpoints.model_card import model_card
 from phantom_jax.checkpoints.parents import read_vision_tower
 from phantom_jax.checkpoints.published_processor import save_published
-from phantom_jax.checkpoints.tensor_files import INDEX, WEIGHTS, TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_files import INDEX, WEIGHTS, TensorFiles
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json, write_json
+from phantom_jax.layouts import MODEL_LAYOUTS, check_name
 from phantom_jax.processor import Processor
 
 REPORT = "conversion_report.tsv"
@@ -115,7 +115,7 @@ def write(
       checkpoint: the model; its published layout is that of `format`, or `format` is `ours`.
       processor: written beside it, where there is one.
       path: a new or empty folder.
-      format: `ours`, `phantom`, `llava-hf` or `llava-original`.
+      format: one of `layouts.MODEL_LAYOUTS`.
       metrics: for the model card.
       report: whether `REPORT` is written too: what became of every tensor.
 
@@ -123,7 +123,7 @@ def write(
       InputError: the folder holds something, the format cannot express the model, or the disk is full.
     """
     check_new(path)
-    check_format(format)
+    check_name("format", format, MODEL_LAYOUTS)
     with appearing(path, needed=checkpoint.nbytes) as scratch:
         if format == "ours":
             native.save(checkpoint, scratch)
@@ -131,7 +131,7 @@ def write(
             hf.save(checkpoint, scratch)
             source = checkpoint.published.generation_config
             settings = generation_config(checkpoint.tokens, source=source)
-            (scratch / _GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_json(scratch / _GENERATION, settings)
             card = model_card(
                 checkpoint.config,
                 checkpoint.published,
@@ -155,12 +155,6 @@ def write(
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a model in our own layout."""
     return (pathlib.Path(path) / native.CONFIG).is_file()
-
-
-def check_format(format: str) -> None:
-    """Raises an `InputError` where no model folder has this format."""
-    if format != "ours" and format not in FORMATS:
-        raise InputError(f"format {format!r} does not exist: use ours, {', '.join(FORMATS)}")
 
 
 def check_new(path: str | os.PathLike[str]) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 from absl import logging
 
 from phantom_jax.checkpoints import hf, hf_config, names
-from phantom_jax.checkpoints.tensor_files import TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_files import TensorFiles
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from phantom_jax.checkpoints.hf import read_json
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 
 NOT_ALLOWED = (
     "weights are pickled (.bin): give --allow_pickle, they are then read by PyTorch's weights_only loader in a process "

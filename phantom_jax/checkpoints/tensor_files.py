@@ -17,6 +17,7 @@ import safetensors
 
 from phantom_jax.checkpoints.layout import runs_of
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,8 +32,6 @@ DTYPES = {
 
 # What the format's own library allows.
 _MAX_HEADER = 100_000_000
-_DEEPEST = 100
-"""Lists and objects in each other; what copies and compares them takes several calls for each."""
 _MOST_LISTED = 20
 
 
@@ -42,25 +41,6 @@ def listed(found: Sequence[str]) -> str:
     if len(found) > _MOST_LISTED:
         lines.append(f"and {len(found) - _MOST_LISTED} more")
     return "\n    ".join(lines)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, or an `InputError` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _check_depth(content, _DEEPEST)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object")
-    return content
-
-
-def _check_depth(content: Any, left: int) -> None:
-    if not left:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
-        _check_depth(value, left - 1)
 
 
 class TensorFiles:

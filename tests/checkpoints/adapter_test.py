@@ -476,7 +476,7 @@ def test_folders_that_hold_no_adapter(golden, tmp_path):
     (source / "adapter_model.bin").unlink()
     with pytest.raises(InputError, match="neither adapter_model.safetensors nor adapter_model.bin"):
         adapter_folder.read(source, base)
-    with pytest.raises(InputError, match="format 'llava-hf' does not exist for adapters"):
+    with pytest.raises(InputError, match="adapter format 'llava-hf' does not exist"):
         adapter_folder.write(trained(base, {"up": 2}), tmp_path, format="llava-hf")
 
 
