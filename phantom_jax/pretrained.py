@@ -262,7 +262,7 @@ def load(
 
 def _on_devices(params: Any, model: VisionLanguageModel, mesh: jax.sharding.Mesh | None, quantize: str | None) -> Any:
     """Parameters on a mesh or on the first device, one after the other; a kernel that is quantised is so at once."""
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = {} if mesh is None else flatten(parameter_shardings(model, mesh, DECODING))
     placed: dict[str, Any] = {}
     for path, array in flatten(params).items():
@@ -288,6 +288,8 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
     Raises:
       InputError: the folder holds something, or the format cannot express the model.
     """
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(handle.params) if isinstance(leaf, jax.Array)):
+        raise InputError("the weights lie on devices of several processes: load and save where one process has all")
     checkpoint, processor = handle.checkpoint(), handle.processor
     if format != "ours":
         check_name("format", format, MODEL_LAYOUTS)

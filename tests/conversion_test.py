@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from phantom_jax import cli, conversion, pretrained, verification
 from phantom_jax.checkpoints import hf_config, model_folder
 from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.errors import InputError
+from phantom_jax.errors import InputError, Mismatch
 from phantom_jax.layouts import STORED_DTYPES
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.trees import flatten
@@ -54,7 +54,7 @@ def test_damage_on_the_way_is_found(golden, tmp_path, monkeypatch):
         write(dataclasses.replace(checkpoint, params=params), *arguments, **named)
 
     monkeypatch.setattr(model_folder, "write", damaged)
-    with pytest.raises(RuntimeError, match="reads back differently: params/language_model/final_norm/scale has other"):
+    with pytest.raises(Mismatch, match="differently, so it was removed: params/language_model/final_norm/scale has"):
         conversion.convert(str(golden / "phantom-0.5b"), str(tmp_path / "new"), layout="ours", verify=True)
 
 
