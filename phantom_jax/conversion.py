@@ -21,9 +21,10 @@ from phantom_jax.checkpoints.load_lines import adapter_lines, load_lines, serve_
 from phantom_jax.checkpoints.model_card import model_card
 from phantom_jax.checkpoints.quantized import quantized
 from phantom_jax.checkpoints.relayout import in_layout
+from phantom_jax.checkpoints.weights import open_tensors
 from phantom_jax.errors import InputError
 from phantom_jax.json_files import read_json
-from phantom_jax.layouts import ADAPTER_LAYOUTS, LAYOUTS, STORED_DTYPES, check_name
+from phantom_jax.layouts import ADAPTER_LAYOUTS, LAYOUTS, MODEL_LAYOUTS, STORED_DTYPES, check_name
 from phantom_jax.models.quantization import check_kind, kernel_inputs
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor
@@ -135,11 +136,13 @@ def merge_adapter(
     Raises:
       InputError: the two do not go together, or one of them is damaged.
     """
-    _check(target, layout or "ours", None, None)
+    if layout is not None:
+        check_name("layout", layout, MODEL_LAYOUTS)
+    model_folder.check_new(target)
     with _scratch(target, allow_pickle) as scratch:
         checkpoint, processor = model_folder.read(model, scratch=scratch)
         layout = layout or ("ours" if model_folder.is_ours(model) else checkpoint.published.format)
-        change = adapter_folder.read(adapter, checkpoint, scratch=scratch)
+        change = adapter_folder.read(adapter, checkpoint.description, scratch=scratch)
         change.check_template(processor)
         merged = merge(checkpoint, change)
         merged = dataclasses.replace(
@@ -190,7 +193,7 @@ def _read(
         projector_kind=source.projector_kind,
         seed=source.seed,
         template=template,
-        open_files=functools.partial(model_folder.open_tensors, scratch=scratch),
+        open_files=functools.partial(open_tensors, scratch=scratch),
     )
     origin = Origin(base=tuple(filter(None, (source.vision, source.llm, source.projector))))
     return dataclasses.replace(checkpoint, origin=origin, entries=tuple(entries)), processor
@@ -245,7 +248,7 @@ def _convert_adapter(
             f"{source} is an adapter, and {layout} a layout of whole models: set --to to "
             f"{' or '.join(ADAPTER_LAYOUTS)}, or work it into its model with `merge`"
         )
-    model = None if base is None else model_folder.read(base, scratch=scratch)[0]
+    model = None if base is None else model_folder.describe(base)
     adapter = adapter_folder.read(source, model, scratch=scratch)
     with model_folder.appearing(target) as folder:
         adapter_folder.write(adapter, folder, format=layout)

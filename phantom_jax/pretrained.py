@@ -236,7 +236,7 @@ def load(
         check_kind(quantize)
     checkpoint, processor = model_folder.read(path, template=template)
     if adapter is not None:
-        change = adapter_folder.read(adapter, checkpoint)
+        change = adapter_folder.read(adapter, checkpoint.description)
         change.check_template(processor)
         checkpoint = merge(checkpoint, change)
     params = checkpoint.params

@@ -33,7 +33,7 @@ def is_adapter(directory: str | os.PathLike[str]) -> bool:
 
 def read(
     directory: str | os.PathLike[str],
-    base: hf.Checkpoint | None = None,
+    model: Model | None = None,
     *,
     scratch: str | os.PathLike[str] | None = None,
 ) -> Adapter:
@@ -42,7 +42,7 @@ def read(
     Args:
       directory: the folder, ours, PEFT's or LLaVA's; an intermediate `checkpoint-N` of LLaVA's code holds the factors
         alone, and is one of PEFT's.
-      base: the model that it adapts, of which only the description is read; None takes the one that ours and LLaVA's
+      model: what it adapts, `Checkpoint.description` or `model_folder.describe`; None takes what ours and LLaVA's
         folders carry.
       scratch: an existing folder for what pickled tensors (`.bin`) are turned into, to be kept as long as the adapter
         is in use; None refuses them.
@@ -51,7 +51,6 @@ def read(
       InputError: there is no adapter, it is damaged or not supported, or it is for another model.
     """
     directory = pathlib.Path(directory)
-    model = None if base is None else (base.config, base.published, base.tokens)
     if (directory / CONFIG).is_file():
         return _read_ours(directory, model)
     if not (directory / peft_config.CONFIG).is_file():

@@ -66,6 +66,11 @@ class Checkpoint:
     origin: Origin = Origin()
     entries: tuple[Entry, ...] = ()
 
+    @property
+    def description(self) -> tuple[VisionLanguageConfig, hf_config.Published, hf_config.TokenIds]:
+        """What an adapter has to know of it."""
+        return self.config, self.published, self.tokens
+
     def flat(self) -> dict[str, Any]:
         """All arrays by path, `params/...` and `unused/...`."""
         return flatten({"params": self.params, "unused": self.unused})

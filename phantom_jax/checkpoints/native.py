@@ -97,15 +97,7 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
       InputError: the folder is not complete, or arrays are missing, extra or misshapen: all of them are listed.
     """
     directory = pathlib.Path(directory).absolute()
-    content = read_json(directory / CONFIG)
-    if content.get("schema_version") not in range(1, _SCHEMA + 1):
-        raise InputError(
-            f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
-            f"{_SCHEMA}: use the version of phantom_jax that wrote it"
-        )
-    unknown = sorted(set(content) - {"schema_version", "model", "published", "tokens", "origin", "quantization"})
-    if unknown:
-        raise InputError(f"{directory / CONFIG} has unknown fields {', '.join(map(repr, unknown))}: remove them")
+    content = _content(directory)
     config, published, tokens = described(content, directory / CONFIG)
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
@@ -117,6 +109,28 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
     trees = unflatten(flat)
     entries = tuple(Entry("", (path,), "kept") for path in flat)
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, entries)
+
+
+def read_description(directory: pathlib.Path) -> tuple[VisionLanguageConfig, Published, TokenIds]:
+    """What the model of a folder is; its arrays are not opened.
+
+    Raises:
+      InputError: names the file and what is wrong with it.
+    """
+    return described(_content(directory), directory / CONFIG)
+
+
+def _content(directory: pathlib.Path) -> dict[str, Any]:
+    content = read_json(directory / CONFIG)
+    if content.get("schema_version") not in range(1, _SCHEMA + 1):
+        raise InputError(
+            f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
+            f"{_SCHEMA}: use the version of phantom_jax that wrote it"
+        )
+    unknown = sorted(set(content) - {"schema_version", "model", "published", "tokens", "origin", "quantization"})
+    if unknown:
+        raise InputError(f"{directory / CONFIG} has unknown fields {', '.join(map(repr, unknown))}: remove them")
+    return content
 
 
 def _extras(content: Mapping[str, Any], where: pathlib.Path) -> tuple[Origin, str | None]:

@@ -43,6 +43,24 @@ def listed(found: Sequence[str]) -> str:
     return "\n    ".join(lines)
 
 
+def weight_map(path: pathlib.Path) -> dict[str, str]:
+    """What an index of shards says: for each tensor the name of a file that exists beside it.
+
+    Raises:
+      InputError: it is damaged, or names a file of another folder or one that does not exist.
+    """
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise InputError(f"{path} has no 'weight_map' of tensor names to file names")
+    for name in sorted(set(index.values())):
+        if pathlib.PurePath(name).name != name or name in ("", ".."):
+            raise InputError(f"{path} names the shard {name!r}: not a file of {path.parent}")
+        # Unlike that of pathlib, False for whatever cannot be the name of a file.
+        if not os.path.isfile(path.parent / name):
+            raise InputError(f"{path} names the shard {name!r}, which is missing: fetch it again")
+    return index
+
+
 class TensorFiles:
     """The tensors of some safetensors files by name, read part by part.
 
@@ -81,15 +99,7 @@ class TensorFiles:
                 return cls([directory / WEIGHTS])
             found = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
             raise InputError(f"{directory} holds neither {WEIGHTS} nor {INDEX} (it holds {found})")
-        index = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise InputError(f"{directory / INDEX} has no 'weight_map' of tensor names to file names")
-        for name in sorted(set(index.values())):
-            if pathlib.PurePath(name).name != name or name in ("", ".."):
-                raise InputError(f"{directory / INDEX} names the shard {name!r}: not a file of {directory}")
-            # Unlike that of pathlib, False for whatever cannot be the name of a file.
-            if not os.path.isfile(directory / name):
-                raise InputError(f"{directory / INDEX} names the shard {name!r}, which is missing: fetch it again")
+        index = weight_map(directory / INDEX)
         files = cls([directory / name for name in sorted(set(index.values()))])
         elsewhere = [name for name, (path, *_) in files._where.items() if index.get(name) not in (path.name, None)]
         missing = sorted(set(index) - set(files._where)) + sorted(elsewhere)
