@@ -96,7 +96,7 @@ def convert(
             whole |= {"evaluation": evaluation, "verify": verify or None}
             given = [f"--{flag}" for flag, value in whole.items() if value is not None]
             if given:
-                raise InputError(f"{source} is an adapter, and {', '.join(given)} for whole models alone: leave it out")
+                raise InputError(f"{source} is an adapter, and {', '.join(given)} is for whole models: leave it out")
             return _convert_adapter(source, target, layout, base, scratch)
         if layout == "peft":
             raise InputError(f"{name} is a whole model, peft is a layout of adapters: choose another --to")

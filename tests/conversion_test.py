@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from phantom_jax import cli, conversion, pretrained, verification
 from phantom_jax.checkpoints import hf_config, model_folder
@@ -182,8 +182,22 @@ def test_flags_of_whole_models_are_not_ignored_for_adapters(golden, tmp_path):
     base = golden / "llava-hf"
     adapter = str(peft_folder.write(tmp_path / "peft", peft_folder.factors(base), rename=peft_folder.in_memory))
     for flag, value in (("dtype", "bfloat16"), ("template", "llava_v1"), ("verify", True)):
-        with pytest.raises(InputError, match=f"is an adapter, and --{flag} for whole models"):
+        with pytest.raises(InputError, match=f"is an adapter, and --{flag} is for whole models"):
             conversion.convert(adapter, str(tmp_path / "new"), layout="ours", base=str(base), **{flag: value})
     with pytest.raises(InputError, match="there is no folder"):
         conversion.convert(str(tmp_path / "missing"), str(tmp_path / "new"), layout="peft")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_dtype_that_is_too_small_is_refused(golden, tmp_path, stored):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "phantom-0.5b", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors = {name: tensor.astype(stored) for name, tensor in tensors.items()}
+    tensors["vision_proj.1.weight"][3, 5] = -1e5
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InputError, match="a weight of -.*e\\+0. overflows in float16: take bfloat16 or float32"):
+        conversion.convert(str(source), str(tmp_path / "new"), layout="ours", dtype="float16")
+    assert not (tmp_path / "new").exists()
+    conversion.convert(str(source), str(tmp_path / "new"), layout="ours", dtype="bfloat16")
