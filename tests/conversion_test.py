@@ -14,6 +14,7 @@ from phantom_jax import cli, conversion, pretrained, verification
 from phantom_jax.checkpoints import hf_config, model_folder
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.errors import InputError, Mismatch
+from phantom_jax.layouts import STORED_DTYPES
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.trees import flatten
 from tests.checkpoints import peft_folder
@@ -86,7 +87,7 @@ def test_fewer_bits_on_the_way_in(golden, tmp_path, kind):
         conversion.convert(source, str(tmp_path / "no"), layout="phantom", quantize=kind)
 
 
-@pytest.mark.parametrize("dtype", conversion.DTYPES)
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_another_dtype_on_the_way_in(golden, tmp_path, dtype):
     source = tmp_path / "source"
     shutil.copytree(golden / "llava-hf", source)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from phantom_jax.errors import InputError
+from phantom_jax.layouts import QUANTIZATIONS
 from phantom_jax.ops import quantize
 from phantom_jax.trees import flatten
 
@@ -56,8 +57,8 @@ def quantize_params(params: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def check_kind(kind: str) -> None:
     """Raises an `InputError` where weights cannot be quantised to a kind."""
-    if kind not in quantize.KINDS:
-        raise InputError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(quantize.KINDS)}")
+    if kind not in QUANTIZATIONS:
+        raise InputError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(QUANTIZATIONS)}")
 
 
 def quantize_kernel(path: str, array: Any, kind: str) -> Any:
