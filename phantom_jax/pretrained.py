@@ -22,7 +22,7 @@ from phantom_jax.data.text import AnswerText
 from phantom_jax.errors import InputError
 from phantom_jax.generation.engine import Engine
 from phantom_jax.generation.settings import Settings
-from phantom_jax.models.decoder import stack_layers, unstack_layers
+from phantom_jax.models.decoder import unstack_layers
 from phantom_jax.models.quantization import check_kind, quantize_kernel
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.ops.quantize import QuantizedTensor
@@ -184,8 +184,19 @@ class VisionLanguage:
     def checkpoint(self) -> Checkpoint:
         """The model at rest, its layers stacked; each comes to host memory when it is read."""
         params = dict(self.params)
-        params["language_model"] = stack_layers(params["language_model"], stack)
+        params["language_model"] = _stack_layers(params["language_model"])
         return Checkpoint(self.model.config, params, self.unused, self.published, self.tokens, self.origin)
+
+
+def _stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`; nothing is read."""
+    params = dict(params)
+    count = sum(name.startswith("layers_") for name in params)
+    layers = [flatten(params.pop(f"layers_{index}")) for index in range(count)]
+    stacked = {
+        path: jax.tree.map(lambda *arrays: stack(arrays), *(layer[path] for layer in layers)) for path in layers[0]
+    }
+    return params | {"layers": unflatten(stacked)}
 
 
 def _pieces(tokens: Iterable[np.ndarray], text: AnswerText) -> Iterator[str]:

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,9 @@ from phantom_jax.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+if sys.byteorder != "little":
+    raise InputError("weights are stored in little-endian order, and this machine is big-endian: use another one")
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -64,11 +68,7 @@ def _check_depth(content: Any, left: int) -> None:
 
 
 class TensorFiles:
-    """The tensors of some safetensors files by name, read part by part.
-
-    Attributes:
-      bytes_read: how much of the tensors was read so far.
-    """
+    """The tensors of some safetensors files by name, read part by part."""
 
     def __init__(self, paths: list[pathlib.Path]):
         """Opens files.
@@ -76,7 +76,6 @@ class TensorFiles:
         Raises:
           InputError: one is damaged, or two of them hold a tensor of one name.
         """
-        self.bytes_read = 0
         self._where: dict[str, tuple[pathlib.Path, int, str, tuple[int, ...]]] = {}
         self._descriptors: dict[pathlib.Path, int] = {}
         weakref.finalize(self, _close, self._descriptors)
@@ -167,7 +166,6 @@ class TensorFiles:
         with self._lock:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
-            self.bytes_read += len(place)
         while place:
             # Not mapped into memory: pages that were looked at would count as memory of this process.
             count = os.preadv(self._descriptors[path], [place], offset)

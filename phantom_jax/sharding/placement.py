@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from phantom_jax.checkpoints.arrays import contiguous
 from phantom_jax.ops.quantize import NF4_BLOCK, QuantizedTensor
 
 
@@ -23,7 +24,7 @@ def place(array: Any, sharding: Sharding) -> jax.Array:
     def part(index):
         key = tuple((axis.start, axis.stop) for axis in index)
         if key not in parts:
-            parts[key] = np.asarray(array[index], order="C")
+            parts[key] = contiguous(np.asarray(array[index]))
         return parts[key]
 
     return jax.make_array_from_callback(tuple(array.shape), sharding, part)
