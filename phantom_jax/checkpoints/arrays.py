@@ -47,7 +47,9 @@ class StoredArray:
     def __getitem__(self, index: Any) -> np.ndarray:
         """Numpy's basic indexing with integers, slices of step 1 and `...`."""
         box, dropped = resolve(index, self.shape)
-        return self._read(box).reshape([b.stop - b.start for b, drop in zip(box, dropped, strict=True) if not drop])
+        # Numpy gives a scalar for all of an array without axes.
+        part = np.asarray(self._read(box))
+        return part.reshape([b.stop - b.start for b, drop in zip(box, dropped, strict=True) if not drop])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self[...]

@@ -27,7 +27,7 @@ def naming(family):
 def written(checkpoint):
     """The published tensors of a checkpoint."""
     return {
-        tensor.name: np.concatenate(list(tensor.blocks())).reshape(tensor.shape)
+        tensor.name: np.concatenate([block() for block in tensor.blocks()]).reshape(tensor.shape)
         for tensor in hf.published_tensors(checkpoint)
     }
 

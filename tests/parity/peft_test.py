@@ -157,7 +157,7 @@ def phi3(golden):
 
 def written(checkpoint):
     return {
-        tensor.name: np.concatenate(list(tensor.blocks())).reshape(tensor.shape)
+        tensor.name: np.concatenate([block() for block in tensor.blocks()]).reshape(tensor.shape)
         for tensor in hf.published_tensors(checkpoint)
     }
 
