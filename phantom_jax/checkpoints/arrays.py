@@ -1,7 +1,6 @@
 """Arrays that stay where they are until a part of them is asked for."""
 
 import collections
-import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -150,12 +149,18 @@ def cast(array: Any, dtype: Any) -> Any:
 
 
 def once(make: Callable[..., Any], size: int = 1) -> Callable[..., Any]:
-    """`functools.lru_cache` of `size` results for threads: who asks for one that is being made waits for it."""
-    lock, cached = threading.Lock(), functools.lru_cache(size)(make)
+    """A function that keeps what it made, the last `size` results; a thread that asks for one in the making waits."""
+    lock = threading.Lock()
+    kept: dict[tuple[Any, ...], Any] = {}
 
     def get(*arguments: Any) -> Any:
         with lock:
-            return cached(*arguments)
+            if arguments not in kept:
+                kept[arguments] = make(*arguments)
+                # The oldest, used or not: a thread that is late with it must not cost the newer ones their place.
+                if len(kept) > size:
+                    del kept[next(iter(kept))]
+            return kept[arguments]
 
     return get
 

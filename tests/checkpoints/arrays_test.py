@@ -201,7 +201,7 @@ def test_once_keeps_the_latest():
     get = once(made.append, 2)
     for key in (1, 2, 1, 3, 1, 2):
         get(key)
-    assert made == [1, 2, 3, 2]
+    assert made == [1, 2, 3, 1, 2]
 
 
 def test_what_is_made_ahead_keeps_its_order():
