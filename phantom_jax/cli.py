@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from phantom_jax import checkpoint_verbs, generation_verbs
-from phantom_jax.errors import Diverged, InputError, Preempted
+from phantom_jax.errors import Diverged, InputError, Mismatch, Preempted
 from phantom_jax.version import __version__
 
 PROGRAM = "phantom-jax"
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left, `| head` for instance: what is still held back has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (InputError, Diverged, Preempted) as error:
+    except (InputError, Mismatch, Diverged, Preempted) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:

@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from phantom_jax.checkpoints.relayout import in_layout
 from phantom_jax.checkpoints.tensor_files import read_json
 from phantom_jax.errors import InputError
 from phantom_jax.models.quantization import check_kind, kernel_inputs
+from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -82,7 +83,7 @@ def convert(
 
     Raises:
       InputError: the target holds files, the source is damaged, or has no form in that layout. Nothing is overwritten.
-      RuntimeError: what was written reads back differently.
+      Mismatch: what was written is not what was read; the target does not appear.
     """
     _check(target, layout, dtype, quantize)
     if isinstance(source, str) and not os.path.isdir(source):
@@ -95,20 +96,25 @@ def convert(
             whole |= {"evaluation": evaluation, "verify": verify or None}
             given = [f"--{flag}" for flag, value in whole.items() if value is not None]
             if given:
-                raise InputError(f"{source} is an adapter, and {', '.join(given)} for whole models alone: leave it out")
+                raise InputError(f"{source} is an adapter, and {', '.join(given)} is for whole models: leave it out")
             return _convert_adapter(source, target, layout, base, scratch)
         if layout == "peft":
             raise InputError(f"{name} is a whole model, peft is a layout of adapters: choose another --to")
         if base is not None:
             raise InputError(f"--base is the model of an adapter, and {name} is none: leave it out")
-        checkpoint, processor = _read(source, vision, dtype, template, scratch)
+        checkpoint, processor = _read(source, vision, template, scratch)
+        if dtype is not None:
+            checkpoint = _cast(checkpoint, np.dtype(dtype))
         if layout != "ours":
             checkpoint, processor = in_layout(checkpoint, processor, layout)
         if quantize is not None:
             checkpoint = _quantized(checkpoint, quantize)
-        lines = _write(checkpoint, processor, target, layout, metrics)
-        if verify:
-            lines += verification.verify(checkpoint, target, source=source if isinstance(source, str) else None)
+        found: list[str] = []
+
+        def check(folder: pathlib.Path) -> None:
+            found.extend(verification.verify(checkpoint, folder, source=source if isinstance(source, str) else None))
+
+        lines = [*_write(checkpoint, processor, target, layout, metrics, check if verify else None), *found]
     return [*lines, *_how_to_load(layout, target, checkpoint)]
 
 
@@ -172,10 +178,10 @@ def _scratch(target: str, allow_pickle: bool) -> Iterator[pathlib.Path | None]:
 
 
 def _read(
-    source: str | Parents, vision: str | None, dtype: str | None, template: str | None, scratch: pathlib.Path | None
+    source: str | Parents, vision: str | None, template: str | None, scratch: pathlib.Path | None
 ) -> tuple[Checkpoint, Processor | None]:
     if isinstance(source, str):
-        checkpoint, processor = model_folder.read(source, dtype=dtype, scratch=scratch, vision=vision)
+        checkpoint, processor = model_folder.read(source, scratch=scratch, vision=vision)
         if template is not None and processor is None:
             raise InputError(f"{source} has no tokenizer, so template {template!r} can not go with it: leave it out")
         return checkpoint, processor if template is None else with_template(processor, template)
@@ -189,14 +195,18 @@ def _read(
         open_files=functools.partial(model_folder.open_tensors, scratch=scratch),
     )
     origin = Origin(base=tuple(filter(None, (source.vision, source.llm, source.projector))))
-    checkpoint = dataclasses.replace(checkpoint, origin=origin, entries=tuple(entries))
-    return checkpoint if dtype is None else _cast(checkpoint, np.dtype(dtype)), processor
+    return dataclasses.replace(checkpoint, origin=origin, entries=tuple(entries)), processor
 
 
 def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
     flat = checkpoint.flat()
-    others = [path for path, array in flat.items() if array.dtype != dtype]
-    entries = tensor_report.changed(checkpoint.entries, others, f"to {dtype}")
+    kinds = {array.kind for array in flat.values() if isinstance(array, QuantizedTensor)}
+    if kinds:
+        raise InputError(f"the weights are quantised to {kinds.pop()}, they have no other dtype: leave dtype out")
+    entries = checkpoint.entries
+    for stored in sorted({array.dtype for array in flat.values()} - {dtype}, key=str):
+        paths = [path for path, array in flat.items() if array.dtype == stored]
+        entries = tensor_report.changed(entries, paths, f"{stored} to {dtype}")
     return dataclasses.replace(
         checkpoint.with_flat({path: cast(array, dtype) for path, array in flat.items()}), entries=entries
     )
@@ -210,9 +220,14 @@ def _quantized(checkpoint: Checkpoint, kind: str) -> Checkpoint:
 
 
 def _write(
-    checkpoint: Checkpoint, processor: Processor | None, target: str, layout: str, metrics: Mapping[str, float]
+    checkpoint: Checkpoint,
+    processor: Processor | None,
+    target: str,
+    layout: str,
+    metrics: Mapping[str, float],
+    check: Callable[[pathlib.Path], None] | None = None,
 ) -> list[str]:
-    model_folder.write(checkpoint, processor, target, format=layout, metrics=metrics, report=True)
+    model_folder.write(checkpoint, processor, target, format=layout, metrics=metrics, report=True, check=check)
     arrays, parameters = checkpoint.flat(), checkpoint.size
     lines = [f"wrote {len(arrays)} arrays, {parameters:,} parameters, to {target} ({layout})"]
     if processor is None:

@@ -7,6 +7,12 @@ class InputError(ValueError):
     exit_code = 2
 
 
+class Mismatch(RuntimeError):
+    """What was written is not what was read. Exit code 1."""
+
+    exit_code = 1
+
+
 class Diverged(RuntimeError):
     """Too many steps in a row gave a loss or gradient that is not finite. Exit code 3."""
 

@@ -28,7 +28,7 @@ from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor, Prompt
 from phantom_jax.sharding.mesh import make_mesh
-from phantom_jax.sharding.placement import place, quantized_shardings
+from phantom_jax.sharding.placement import on_host, place, quantized_shardings
 from phantom_jax.sharding.rules import DECODING, parameter_shardings
 from phantom_jax.trees import flatten, unflatten
 
@@ -182,8 +182,8 @@ class VisionLanguage:
         )
 
     def checkpoint(self) -> Checkpoint:
-        """The model at rest, its layers stacked; each comes to host memory when it is read."""
-        params = dict(self.params)
+        """The model at rest, its layers stacked; parts come to host memory when they are read."""
+        params = jax.tree.map(on_host, self.params)
         params["language_model"] = _stack_layers(params["language_model"])
         return Checkpoint(self.model.config, params, self.unused, self.published, self.tokens, self.origin)
 
@@ -272,7 +272,7 @@ def load(
 
 def _on_devices(params: Any, model: VisionLanguageModel, mesh: jax.sharding.Mesh | None, quantize: str | None) -> Any:
     """Parameters on a mesh or on the first device, one after the other; a kernel that is quantised is so at once."""
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = {} if mesh is None else flatten(parameter_shardings(model, mesh, DECODING))
     placed: dict[str, Any] = {}
     for path, array in flatten(params).items():
@@ -298,6 +298,8 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
     Raises:
       InputError: the folder holds something, or the format cannot express the model.
     """
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(handle.params) if isinstance(leaf, jax.Array)):
+        raise InputError("the weights lie on devices of several processes: load and save where one process has all")
     checkpoint, processor = handle.checkpoint(), handle.processor
     if format != "ours":
         model_folder.check_format(format)

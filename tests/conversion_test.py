@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import orbax.checkpoint
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from phantom_jax import cli, conversion, pretrained, verification
 from phantom_jax.checkpoints import hf_config, model_folder
 from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.errors import InputError
+from phantom_jax.errors import InputError, Mismatch
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.trees import flatten
 from tests.checkpoints import peft_folder
@@ -53,7 +53,7 @@ def test_damage_on_the_way_is_found(golden, tmp_path, monkeypatch):
         write(dataclasses.replace(checkpoint, params=params), *arguments, **named)
 
     monkeypatch.setattr(model_folder, "write", damaged)
-    with pytest.raises(RuntimeError, match="reads back differently: params/language_model/final_norm/scale has other"):
+    with pytest.raises(Mismatch, match="differently, so it was removed: params/language_model/final_norm/scale has"):
         conversion.convert(str(golden / "phantom-0.5b"), str(tmp_path / "new"), layout="ours", verify=True)
 
 
@@ -181,8 +181,22 @@ def test_flags_of_whole_models_are_not_ignored_for_adapters(golden, tmp_path):
     base = golden / "llava-hf"
     adapter = str(peft_folder.write(tmp_path / "peft", peft_folder.factors(base), rename=peft_folder.in_memory))
     for flag, value in (("dtype", "bfloat16"), ("template", "llava_v1"), ("verify", True)):
-        with pytest.raises(InputError, match=f"is an adapter, and --{flag} for whole models"):
+        with pytest.raises(InputError, match=f"is an adapter, and --{flag} is for whole models"):
             conversion.convert(adapter, str(tmp_path / "new"), layout="ours", base=str(base), **{flag: value})
     with pytest.raises(InputError, match="there is no folder"):
         conversion.convert(str(tmp_path / "missing"), str(tmp_path / "new"), layout="peft")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_dtype_that_is_too_small_is_refused(golden, tmp_path, stored):
+    source = tmp_path / "source"
+    shutil.copytree(golden / "phantom-0.5b", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors = {name: tensor.astype(stored) for name, tensor in tensors.items()}
+    tensors["vision_proj.1.weight"][3, 5] = -1e5
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InputError, match="a weight of -.*e\\+0. overflows in float16: take bfloat16 or float32"):
+        conversion.convert(str(source), str(tmp_path / "new"), layout="ours", dtype="float16")
+    assert not (tmp_path / "new").exists()
+    conversion.convert(str(source), str(tmp_path / "new"), layout="ours", dtype="bfloat16")

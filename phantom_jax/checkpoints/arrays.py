@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from phantom_jax.errors import InputError
+
 Box = tuple[slice, ...]
 """One slice of step 1 for each axis, with both ends set."""
 
@@ -140,12 +142,26 @@ def stack(arrays: Sequence[Any]) -> StoredArray:
 
 
 def cast(array: Any, dtype: Any) -> Any:
-    """The array in another dtype; of a `StoredArray` again one, nothing is read."""
+    """The array in another dtype; of a `StoredArray` again one, nothing is read.
+
+    Raises:
+      InputError: a number is too large for the dtype; of a `StoredArray` when it is read.
+    """
     if array.dtype == dtype:
         return array
     if not isinstance(array, StoredArray):
-        return array.astype(dtype)
-    return StoredArray(array.shape, dtype, lambda box: array[box].astype(dtype), array.block_axis)
+        return _converted(np.asarray(array), dtype)
+    return StoredArray(array.shape, dtype, lambda box: _converted(array[box], dtype), array.block_axis)
+
+
+def _converted(array: np.ndarray, dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    overflown = np.isinf(result) & ~np.isinf(array)
+    if overflown.any():
+        value = float(array[overflown][0])
+        raise InputError(f"a weight of {value:.4g} overflows in {np.dtype(dtype)}: take bfloat16 or float32")
+    return result
 
 
 def once(make: Callable[..., Any], size: int = 1) -> Callable[..., Any]:

@@ -25,8 +25,8 @@ from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, ab
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.trees import flatten, unflatten
 
-# Tables of angles that old LLaMA files carry; they follow from the config.
-_DERIVED = "rotary_emb.inv_freq"
+# What old files of LLaMA and CLIP carry, and follows from the config.
+_DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 BLOCK = 1 << 24
 """Elements of a block that is moved at once. Memory holds a few of them, whatever the size of the model."""
 
@@ -152,7 +152,6 @@ def load(
     directory: str | os.PathLike[str],
     *,
     open_files: Callable[[pathlib.Path], TensorFiles] = TensorFiles.of_folder,
-    dtype: Any = None,
     tower: tuple[VisionTowerConfig, Mapping[str, Any]] | None = None,
 ) -> Checkpoint:
     """Opens a published checkpoint: headers are read and checked, tensors when they are asked for.
@@ -160,7 +159,6 @@ def load(
     Args:
       directory: with `config.json`.
       open_files: opens its weights.
-      dtype: of all arrays; None leaves each as it is stored.
       tower: config and arrays by path of the vision tower of an original LLaVA that leaves it out.
 
     Raises:
@@ -191,12 +189,10 @@ def load(
                 f"{files.path(name)} holds a projector of two linear maps without activation, the second ({name}) not "
                 "the identity: fold it into the first"
             )
-    arrays = read_rows(rows, ours, files, dtype)
-    if tower is not None:
-        arrays |= {path: array if dtype is None else cast(array, np.dtype(dtype)) for path, array in tower[1].items()}
+    arrays = read_rows(rows, ours, files) | ({} if tower is None else dict(tower[1]))
     trees = unflatten(arrays)
     entries = [
-        *(entry(row, name, files, dtype) for row in rows for name in row.names()),
+        *(entry(row, name, files, arrays) for row in rows for name in row.names()),
         *(Entry(name, (), "dropped", "follows from the config") for name in derived),
         *(Entry(name, (), "dropped", "the identity behind a linear projector") for name in constants),
     ]
@@ -204,37 +200,31 @@ def load(
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, tuple(entries))
 
 
-def entry(row: names.Row, name: str, files: TensorFiles, dtype: Any = None) -> Entry:
-    """What becomes of a tensor that a table has."""
-    stored = files.dtype(name)
-    if dtype is None or stored == np.dtype(dtype):
+def entry(row: names.Row, name: str, files: TensorFiles, arrays: Mapping[str, StoredArray]) -> Entry:
+    """What became of a tensor that a table has."""
+    stored, dtype = files.dtype(name), arrays[row.paths[0]].dtype
+    if stored == dtype:
         return Entry(name, row.paths, "kept")
-    return Entry(name, row.paths, "transformed", f"{stored} to {np.dtype(dtype)}")
+    return Entry(name, row.paths, "transformed", f"{stored} to {dtype}, as other layers are")
 
 
 def read_rows(
-    rows: Sequence[names.Row], shapes: Mapping[str, tuple[int, ...]], files: TensorFiles, dtype: Any = None
+    rows: Sequence[names.Row], shapes: Mapping[str, tuple[int, ...]], files: TensorFiles
 ) -> dict[str, StoredArray]:
-    """Our arrays by path as they lie in published tensors; nothing is read yet.
+    """Our arrays by path as they lie in published tensors, in their dtype; nothing is read yet.
 
     Args:
       rows: of a table; their tensors must be there, see `check_rows`.
       shapes: of our arrays by path.
-      files: the tensors.
-      dtype: of all arrays; None leaves each as it is stored.
-
-    Raises:
-      InputError: layers of one array have several dtypes, and no dtype is given.
+      files: the tensors. Where layers of one array differ in their dtype, all take the one that holds them.
     """
     flat = {}
     for row in rows:
         layout = row.transform.layout(_row_shapes(row, shapes))
-        stored = sorted({files.dtype_name(name) for name in row.names()})
-        if dtype is None and len(stored) > 1:
-            raise InputError(f"the layers of {row.name} have dtypes {', '.join(stored)}: set dtype to one for all")
+        stored = {files.dtype(name) for name in row.names()}
+        dtype = stored.pop() if len(stored) == 1 else np.result_type(np.float32, *stored)
         for path, view in zip(row.paths, layout.views, strict=True):
-            array_dtype = np.dtype(dtype or DTYPES[stored[0]])
-            flat[path] = _array(row, view, shapes[path], files, array_dtype)
+            flat[path] = _array(row, view, shapes[path], files, dtype)
     return flat
 
 

@@ -10,8 +10,8 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
 
 from phantom_jax.checkpoints import hf, native, pickled, tensor_report
 from phantom_jax.checkpoints.generation_config import generation_config
@@ -35,7 +35,6 @@ def read(
     path: str | os.PathLike[str],
     *,
     template: str | None = None,
-    dtype: Any = None,
     scratch: pathlib.Path | None = None,
     vision: str | os.PathLike[str] | None = None,
 ) -> tuple[Checkpoint, Processor | None]:
@@ -44,7 +43,6 @@ def read(
     Args:
       path: the folder.
       template: name of the conversation template, of a folder that remembers none; see `hf_processor.load_processor`.
-      dtype: of all arrays; None leaves each as it is stored.
       scratch: an existing folder for what pickled weights are turned into, to be kept as long as the model is in use;
         None refuses them.
       vision: folder of the vision tower, for an original LLaVA that leaves it out.
@@ -58,7 +56,9 @@ def read(
     if (directory / native.CONFIG).is_file():
         if vision is not None:
             raise InputError(f"{directory} is a model of ours and holds its vision tower: leave --vision out")
-        checkpoint = native.load(directory, dtype=dtype)
+        if vision is not None:
+            raise InputError(f"{directory} holds its vision tower: leave --vision out")
+        checkpoint = native.load(directory)
     elif (directory / "config.json").is_file():
         if "phases" in read_json(directory / "config.json"):
             raise InputError(
@@ -68,7 +68,7 @@ def read(
         opened = functools.partial(open_tensors, scratch=scratch)
         tower = None if vision is None else read_vision_tower(vision, open_files=opened)
         parts = None if tower is None else (tower.config, tower.arrays)
-        checkpoint = hf.load(directory, open_files=opened, dtype=dtype, tower=parts)
+        checkpoint = hf.load(directory, open_files=opened, tower=parts)
         if tower is not None:
             checkpoint = dataclasses.replace(checkpoint, entries=(*checkpoint.entries, *tower.entries))
     else:
@@ -108,6 +108,7 @@ def write(
     format: str = "ours",
     metrics: Mapping[str, float] | None = None,
     report: bool = False,
+    check: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a model folder of a layout; it appears complete or not at all.
 
@@ -118,6 +119,7 @@ def write(
       format: `ours`, `phantom`, `llava-hf` or `llava-original`.
       metrics: for the model card.
       report: whether `REPORT` is written too: what became of every tensor.
+      check: looks at the folder before it gets its name; what it raises leaves nothing behind.
 
     Raises:
       InputError: the folder holds something, the format cannot express the model, or the disk is full.
@@ -150,6 +152,8 @@ def write(
             processor.save(scratch)
             if format != "ours":
                 save_published(processor, scratch, layout=format, config=checkpoint.config)
+        if check is not None:
+            check(scratch)
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:

@@ -7,10 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from phantom_jax.checkpoints import orbax_stream
-from phantom_jax.checkpoints.arrays import cast
 from phantom_jax.checkpoints.hf import Checkpoint, Origin, shapes
 from phantom_jax.checkpoints.hf_config import FORMATS, LANGUAGE_MODELS, Published, TokenIds
 from phantom_jax.checkpoints.quantized import join_fields, split_fields
@@ -93,16 +90,11 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     orbax_stream.save(directory / _ARRAYS, unflatten(flat))
 
 
-def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
+def load(directory: str | os.PathLike[str]) -> Checkpoint:
     """Opens what `save` wrote; arrays are read when they are asked for.
 
-    Args:
-      directory: the folder.
-      dtype: of all arrays; None leaves each as it is stored.
-
     Raises:
-      InputError: the folder is not complete, arrays are missing, extra or misshapen (all of them are listed), or a
-        dtype is asked for where weights are quantised.
+      InputError: the folder is not complete, or arrays are missing, extra or misshapen: all of them are listed.
     """
     directory = pathlib.Path(directory).absolute()
     content = read_json(directory / CONFIG)
@@ -122,10 +114,6 @@ def load(directory: str | os.PathLike[str], *, dtype: Any = None) -> Checkpoint:
     stored = orbax_stream.load(directory / _ARRAYS)
     flat = join_fields(stored, quantization, expected, str(directory))
     _check({path: tuple(leaf.shape) for path, leaf in flat.items()}, expected, directory)
-    if dtype is not None:
-        if quantization:
-            raise InputError(f"{directory} holds {quantization} weights, they have no other dtype: leave dtype out")
-        flat = {path: cast(leaf, np.dtype(dtype)) for path, leaf in flat.items()}
     trees = unflatten(flat)
     entries = tuple(Entry("", (path,), "kept") for path in flat)
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, entries)

@@ -150,7 +150,7 @@ def projector_of(base):
 def test_an_intermediate_folder_needs_the_model(golden, tmp_path):
     pairs = peft_folder.factors(golden / "llava-original", lambda module: "layers" in module)
     source = peft_folder.write(tmp_path / "checkpoint-10", pairs)
-    with pytest.raises(InputError, match="give the model that it was trained on, some/base"):
+    with pytest.raises(InputError, match="give --base, the model that it was trained on, some/base"):
         adapter_folder.read(source)
     assert not adapter_folder.read(source, hf.load(golden / "llava-original")).others
 

@@ -1,5 +1,6 @@
 """From one layout of LLaVA to the other: the vocabulary follows the tokens, and the way back gives the same bytes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,9 @@ from safetensors.numpy import load_file
 
 from phantom_jax import conversion, pretrained
 from phantom_jax.checkpoints import hf, model_folder
+from phantom_jax.checkpoints.vocabulary import resize_rows
 from phantom_jax.errors import InputError
+from tests.generation import tiny
 from tests.tiny_tokenizers import llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -19,9 +22,11 @@ def with_tokenizer(source, target):
     tokenizer = llama("first", special=())
     size = tokenizer.get_vocab_size()
     checkpoint, _ = model_folder.read(source)
-    from phantom_jax.checkpoints.relayout import _with_vocabulary
-
-    resized = _with_vocabulary(checkpoint, size, checkpoint.published, checkpoint.tokens)
+    flat, decoder = checkpoint.flat(), dataclasses.replace(checkpoint.config.language_model, vocab_size=size)
+    for path, axis in (("params/language_model/embedding", 0), ("params/language_model/head/kernel", 1)):
+        flat[path] = resize_rows(flat[path], size, seed=0, axis=axis)
+    config = dataclasses.replace(checkpoint.config, language_model=decoder)
+    resized = dataclasses.replace(checkpoint.with_flat(flat), config=config)
     model_folder.write(resized, None, target, format=checkpoint.published.format)
     tokenizer.save(str(target / "tokenizer.json"))
     return target, size
@@ -57,7 +62,7 @@ def test_answers_are_the_same_in_all_layouts(golden, tmp_path):
     source, _ = with_tokenizer(golden / "llava-original", tmp_path / "original")
     conversion.convert(str(source), str(tmp_path / "hf"), layout="llava-hf")
     conversion.convert(str(tmp_path / "hf"), str(tmp_path / "ours"), layout="ours")
-    asked = {"max_new_tokens": 6, "images": [conversion.verification._image(40)]}
+    asked = {"max_new_tokens": 6, "images": [tiny.image(40, 40)]}
     answers = [pretrained.load(tmp_path / name).generate("482 and 7?", **asked) for name in ("original", "hf", "ours")]
     assert answers[0] == answers[1] == answers[2]
 
