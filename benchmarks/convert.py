@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -33,9 +34,8 @@ def random_checkpoint(config) -> hf.Checkpoint:
     """A model whose arrays are random bits of bfloat16 between 1 and 2: they do not compress, and none is NaN."""
 
     def array(path, shape):
-        rng = np.random.default_rng(abs(hash(path)) % 2**32)
-
         def read(box):
+            rng = np.random.default_rng([zlib.crc32(path.encode()), *(part.start for part in box)])
             size = [part.stop - part.start for part in box]
             bits = np.frombuffer(rng.bytes(2 * math.prod(size)), np.uint16).reshape(size)
             return (bits & 0x007F | 0x3F80).view(ml_dtypes.bfloat16)
@@ -43,7 +43,7 @@ def random_checkpoint(config) -> hf.Checkpoint:
         return StoredArray(shape, ml_dtypes.bfloat16, read)
 
     trees = unflatten({path: array(path, shape) for path, shape in hf.shapes(config).items()})
-    tokens = hf_config.TokenIds(image=config.language_model.vocab_size - 7, eos=(92542,))
+    tokens = hf_config.TokenIds(image=config.language_model.vocab_size - 7, eos=(2,))
     return hf.Checkpoint(config, trees["params"], trees.get("unused", {}), hf_config.publish(config), tokens)
 
 
@@ -90,7 +90,7 @@ def main() -> None:
         print(f"{arguments.size}: {size / 1e9:.2f} GB, {len(files.names())} tensors, {shards} shards")
         limit = 1024 + 2 * largest / 2**20
         ways = {
-            "cp": ["sh", "-c", f"cp -r {source} {folder}/copy && sync {folder}/copy/*"],
+            "cp": ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", str(source), str(folder / "copy")],
             f"{layout} to ours": convert(source, ours, "ours"),
             f"ours to {layout}": convert(ours, back, layout),
         }
@@ -103,11 +103,8 @@ def main() -> None:
                 duration, peak = timed(command)
                 seconds[way].append(duration)
                 memory[way] = max(memory[way], peak)
-        same = [
-            name
-            for name in files.names()
-            if TensorFiles.of_folder(back).read(name).tobytes() == files.read(name).tobytes()
-        ]
+        again = TensorFiles.of_folder(back)
+        same = [name for name in files.names() if again.read(name).tobytes() == files.read(name).tobytes()]
         print(f"back again byte by byte: {len(same)} of {len(files.names())} tensors equal")
         print(f"\n| way | seconds (median of {arguments.rounds}) | ratio to cp | peak memory MiB | allowed MiB |")
         print("|---|---|---|---|---|")

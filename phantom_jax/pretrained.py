@@ -23,13 +23,13 @@ from phantom_jax.errors import InputError
 from phantom_jax.generation.engine import Engine
 from phantom_jax.generation.settings import Settings
 from phantom_jax.layouts import MODEL_LAYOUTS, check_name
-from phantom_jax.models.decoder import stack_layers, unstack_layers
+from phantom_jax.models.decoder import unstack_layers
 from phantom_jax.models.quantization import check_kind, quantize_kernel
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor, Prompt
 from phantom_jax.sharding.mesh import make_mesh
-from phantom_jax.sharding.placement import place, quantized_shardings
+from phantom_jax.sharding.placement import on_host, place, quantized_shardings
 from phantom_jax.sharding.rules import DECODING, parameter_shardings
 from phantom_jax.trees import flatten, unflatten
 
@@ -183,10 +183,21 @@ class VisionLanguage:
         )
 
     def checkpoint(self) -> Checkpoint:
-        """The model at rest, its layers stacked; each comes to host memory when it is read."""
-        params = dict(self.params)
-        params["language_model"] = stack_layers(params["language_model"], stack)
+        """The model at rest, its layers stacked; parts come to host memory when they are read."""
+        params = jax.tree.map(on_host, self.params)
+        params["language_model"] = _stack_layers(params["language_model"])
         return Checkpoint(self.model.config, params, self.unused, self.published, self.tokens, self.origin)
+
+
+def _stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`; nothing is read."""
+    params = dict(params)
+    count = sum(name.startswith("layers_") for name in params)
+    layers = [flatten(params.pop(f"layers_{index}")) for index in range(count)]
+    stacked = {
+        path: jax.tree.map(lambda *arrays: stack(arrays), *(layer[path] for layer in layers)) for path in layers[0]
+    }
+    return params | {"layers": unflatten(stacked)}
 
 
 def _pieces(tokens: Iterable[np.ndarray], text: AnswerText) -> Iterator[str]:

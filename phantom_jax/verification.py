@@ -10,9 +10,9 @@ import numpy as np
 
 from phantom_jax import pretrained
 from phantom_jax.checkpoints import hf, hf_config, model_folder
-from phantom_jax.checkpoints.arrays import boxes, contiguous
+from phantom_jax.checkpoints.arrays import contiguous
 from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.checkpoints.quantized import split_fields
+from phantom_jax.checkpoints.quantized import blocks, split_fields
 from phantom_jax.checkpoints.tensor_files import INDEX, WEIGHTS
 from phantom_jax.errors import Mismatch
 from phantom_jax.json_files import read_json
@@ -78,15 +78,18 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
     """Which of two sets of arrays by name differ in presence, shape, dtype or any bit; empty when none."""
     left, right = split_fields(left)[0], split_fields(right)[0]
     found = [f"{name} is on one side only" for name in sorted(left.keys() ^ right.keys())]
+    alike = {}
     for name in sorted(left.keys() & right.keys()):
         first, second = left[name], right[name]
-        if (first.shape, first.dtype) != (second.shape, second.dtype):
+        if (first.shape, first.dtype) == (second.shape, second.dtype):
+            alike[name] = first
+        else:
             found.append(f"{name} is {first.dtype}{list(first.shape)} and {second.dtype}{list(second.shape)}")
-        elif any(
-            np.asarray(first[box]).tobytes() != np.asarray(second[box]).tobytes() for box in boxes(first, _BLOCK_BYTES)
-        ):
-            found.append(f"{name} has other values")
-    return found
+    other: list[str] = []
+    for name, box in blocks(alike, _BLOCK_BYTES):
+        if name not in other and np.asarray(left[name][box]).tobytes() != np.asarray(right[name][box]).tobytes():
+            other.append(name)
+    return found + [f"{name} has other values" for name in other]
 
 
 def digest(arrays: Mapping[str, Any]) -> str:

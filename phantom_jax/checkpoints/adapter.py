@@ -158,9 +158,7 @@ def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
     for path, whole in adapter.others.items():
         flat[path] = cast(whole, flat[path].dtype)
     for path, change in adapter.low_rank.items():
-        scalings = [
-            adapter.scaling(*pair) if pair[0] else 0.0 for pair in zip(change.ranks, change.alphas, strict=True)
-        ]
+        scalings = [adapter.scaling(*pair) for pair in zip(change.ranks, change.alphas, strict=True)]
         flat[path] = _changed(flat[path], change, scalings, in_layers(path))
     return base.with_flat(flat)
 

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -47,7 +48,9 @@ class StoredArray:
     def __getitem__(self, index: Any) -> np.ndarray:
         """Numpy's basic indexing with integers, slices of step 1 and `...`."""
         box, dropped = resolve(index, self.shape)
-        return self._read(box).reshape([b.stop - b.start for b, drop in zip(box, dropped, strict=True) if not drop])
+        # Numpy gives a scalar for all of an array without axes.
+        part = np.asarray(self._read(box))
+        return part.reshape([b.stop - b.start for b, drop in zip(box, dropped, strict=True) if not drop])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self[...]
@@ -83,36 +86,36 @@ def resolve(index: Any, shape: tuple[int, ...]) -> tuple[Box, list[bool]]:
     return tuple(box), dropped
 
 
-def block_axis(array: Any) -> int:
-    """The axis along which `boxes` cuts an array of at least one axis."""
-    axis = getattr(array, "block_axis", 0)
-    return max(axis, 1) if len(array.shape) > 2 else axis
-
-
-def boxes(array: Any, limit: int, step: int = 1) -> Iterator[Box]:
+def boxes(array: Any, limit: int, chunk: Sequence[int] | None = None, *, layered: bool | None = None) -> Iterator[Box]:
     """The array in parts of at most about `limit` bytes, in the order in which it is stored.
-
-    With more than two axes the first counts layers, which are taken one by one.
 
     Args:
       array: anything with shape and dtype.
-      limit: bytes; a part is never less than `step` along the axis that is cut.
-      step: what cuts along that axis are multiples of.
+      limit: bytes; a part is never less than a chunk.
+      chunk: sizes of what is never cut, where parts need that.
+      layered: whether the first axis counts layers, which are taken one by one; by default with more than two axes.
     """
-    shape, stacked = tuple(array.shape), len(array.shape) > 2
+    shape, chunk = tuple(array.shape), tuple(chunk or (1,) * len(array.shape))
+    axis, itemsize = getattr(array, "block_axis", 0), np.dtype(array.dtype).itemsize
+    if not (len(shape) > 2 if layered is None else layered):
+        yield from _cut(shape, chunk, axis, limit // itemsize)
+        return
+    for layer in range(shape[0]):
+        for box in _cut(shape[1:], chunk[1:], max(axis - 1, 0), limit // itemsize):
+            yield (slice(layer, layer + 1), *box)
+
+
+def _cut(shape: tuple[int, ...], chunk: tuple[int, ...], axis: int, limit: int) -> Iterator[Box]:
+    """Boxes of at most about `limit` elements."""
     if not shape:
         yield ()
         return
-    axis = block_axis(array)
     box = [slice(0, size) for size in shape]
-    width = math.prod(shape[1:] if stacked else shape) // max(shape[axis], 1) * np.dtype(array.dtype).itemsize
-    step *= max(limit // max(width * step, 1), 1)
-    for layer in range(shape[0] if stacked else 1):
-        if stacked:
-            box[0] = slice(layer, layer + 1)
-        for start in range(0, shape[axis], step):
-            box[axis] = slice(start, min(start + step, shape[axis]))
-            yield tuple(box)
+    width = math.prod(shape) // max(shape[axis], 1)
+    step = chunk[axis] * max(limit // max(width * chunk[axis], 1), 1)
+    for start in range(0, shape[axis], step):
+        box[axis] = slice(start, min(start + step, shape[axis]))
+        yield tuple(box)
 
 
 def layer_of(array: Any, layer: int) -> Any:
@@ -127,10 +130,15 @@ def stack(arrays: Sequence[Any]) -> StoredArray:
     """Arrays of one shape on a new first axis, each read when it is asked for."""
 
     def read(box: Box) -> np.ndarray:
-        parts = [np.asarray(array)[box[1:]] for array in arrays[box[0]]]
-        return np.stack(parts) if parts else np.empty([part.stop - part.start for part in box])
+        layers = arrays[box[0]]
+        if len(layers) == 1:
+            return np.asarray(layers[0][box[1:]])[None]
+        whole = np.empty([part.stop - part.start for part in box], arrays[0].dtype)
+        for layer, array in enumerate(layers):
+            copy_into(whole[layer : layer + 1], np.asarray(array[box[1:]])[None])
+        return whole
 
-    return StoredArray((len(arrays), *arrays[0].shape), arrays[0].dtype, read)
+    return StoredArray((len(arrays), *arrays[0].shape), arrays[0].dtype, read, getattr(arrays[0], "block_axis", 0) + 1)
 
 
 def cast(array: Any, dtype: Any) -> Any:
@@ -156,8 +164,28 @@ def _converted(array: np.ndarray, dtype: Any) -> np.ndarray:
     return result
 
 
+def once(make: Callable[..., Any], size: int = 1) -> Callable[..., Any]:
+    """A function that keeps what it made, the last `size` results; a thread that asks for one in the making waits."""
+    lock = threading.Lock()
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    def get(*arguments: Any) -> Any:
+        with lock:
+            if arguments not in kept:
+                kept[arguments] = make(*arguments)
+                # The oldest, used or not: a thread that is late with it must not cost the newer ones their place.
+                if len(kept) > size:
+                    del kept[next(iter(kept))]
+            return kept[arguments]
+
+    return get
+
+
 def made_ahead(makers: Iterable[Callable[[], Any]], depth: int = 2) -> Iterator[Any]:
-    """What the makers give, in their order; the next `depth` are made in threads while one is used."""
+    """What the makers give, in their order; the next `depth` are made in threads while one is used.
+
+    Close it, `contextlib.closing`, where it is not used up: that waits for the threads.
+    """
     pending: collections.deque[Future] = collections.deque()
     with ThreadPoolExecutor(depth) as pool:
         try:

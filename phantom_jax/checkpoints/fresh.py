@@ -1,6 +1,5 @@
 """Parameters that no published file holds, as training would begin with them: the modules' own initialisation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
-from phantom_jax.checkpoints.arrays import StoredArray
+from phantom_jax.checkpoints.arrays import StoredArray, once
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.phantom import PhantomDimension, SosStates
 from phantom_jax.models.projector import Projector, ProjectorConfig
@@ -46,7 +45,7 @@ def projector(config: ProjectorConfig, seed: int) -> dict[str, StoredArray]:
 def _when_asked_for(prefix: str, init: Callable[[jax.Array], Any], rng: jax.Array) -> dict[str, StoredArray]:
     """The parameters by path; all are made when one of them is first read."""
 
-    @functools.cache
+    @once
     def values() -> dict[str, np.ndarray]:
         return {path: np.asarray(leaf) for path, leaf in flatten(jax.jit(init)(rng)).items()}
 

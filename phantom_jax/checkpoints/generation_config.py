@@ -14,14 +14,11 @@ _COUNTS = ("max_new_tokens", "min_new_tokens", "max_length", "min_length", "no_r
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def generation_config(
-    tokens: TokenIds, *, bos: int | None = None, source: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def generation_config(tokens: TokenIds, *, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of `generation_config.json`; greedy where the source says nothing else.
 
     Args:
       tokens: end and padding, whatever the source says of them.
-      bos: id of the token that a text begins with; None takes the source's.
       source: the file of the model that this one came from. Lengths, repetition, beams and sampling are kept as far as
         they apply: what concerns sampling only where it samples, what concerns beams only where there are some.
         Anything else is left behind.
@@ -29,7 +26,7 @@ def generation_config(
     source = source or {}
     out: dict[str, Any] = {"do_sample": source.get("do_sample") is True}
     ids = {
-        "bos_token_id": source.get("bos_token_id") if bos is None else bos,
+        "bos_token_id": source.get("bos_token_id"),
         "eos_token_id": tokens.eos[0] if len(tokens.eos) == 1 else list(tokens.eos),
         # Old LLaMA files say -1 for "there is none".
         "pad_token_id": tokens.pad if tokens.pad >= 0 else None,

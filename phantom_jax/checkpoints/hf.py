@@ -14,7 +14,7 @@ import numpy as np
 from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
-from phantom_jax.checkpoints.arrays import Box, StoredArray, cast, copy_into, layer_of
+from phantom_jax.checkpoints.arrays import Box, StoredArray, layer_of, stack
 from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, listed
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_folder
@@ -234,22 +234,13 @@ def read_rows(
 
 
 def _array(row: names.Row, view: Any, shape: tuple[int, ...], files: TensorFiles, dtype: np.dtype) -> StoredArray:
-    fetches = [files.fetch(name) for name in row.names()]
+    def part(name: str, shape: tuple[int, ...]) -> StoredArray:
+        fetch = files.fetch(name)
+        return StoredArray(shape, dtype, lambda box: view.read(box, fetch).astype(dtype, copy=False), view.outermost[0])
+
     if row.layers is None:
-        return StoredArray(
-            shape, dtype, lambda box: view.read(box, fetches[0]).astype(dtype, copy=False), view.outermost[0]
-        )
-
-    def read(box: Box) -> np.ndarray:
-        layers = fetches[box[0]]
-        if len(layers) == 1:
-            return view.read(box[1:], layers[0]).astype(dtype, copy=False)[None]
-        whole = np.empty([part.stop - part.start for part in box], dtype)
-        for layer, fetch in enumerate(layers):
-            copy_into(whole[layer : layer + 1], view.read(box[1:], fetch).astype(dtype, copy=False)[None])
-        return whole
-
-    return StoredArray(shape, dtype, read, view.outermost[0] + 1)
+        return part(row.name, shape)
+    return stack([part(name, shape[1:]) for name in row.names()])
 
 
 def _row_shapes(row: names.Row, ours: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:

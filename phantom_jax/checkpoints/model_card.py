@@ -36,7 +36,6 @@ def model_card(
     base: Sequence[str] = (),
     data: Sequence[str] = (),
     metrics: Mapping[str, float] | None = None,
-    license: str = "other",
     rank: int | None = None,
 ) -> str:
     """The text of README.md.
@@ -52,7 +51,6 @@ def model_card(
         path is written. For an adapter the first is the one that it belongs on.
       data: the data sets that it was trained on, in the same way.
       metrics: values by name; the name says data set and split.
-      license: an identifier that the Hub knows; `other` where the parents' licences decide.
       rank: of an adapter.
 
     Raises:
@@ -60,7 +58,7 @@ def model_card(
     """
     shown = [_public(entry) for entry in base]
     over = shown[0] if shown else None
-    lines = _front_matter(config, layout, base, data, license)
+    lines = _front_matter(config, layout, base, data)
     lines += ["", f"# {name}", ""]
     lines += ["## Made from", "", *_entries(shown), ""]
     lines += ["## Trained on", "", *_entries([_public(entry) for entry in data]), ""]
@@ -115,12 +113,13 @@ def _public(entry: str) -> str:
     return entry if _on_hub(entry) else pathlib.PurePath(entry).name
 
 
-def _front_matter(config, layout, base, data, license) -> list[str]:
+def _front_matter(config, layout, base, data) -> list[str]:
     kind = "llava" if config.language_model.phantom is None else "phantom"
     fields = {
         "library_name": _LIBRARIES.get(layout, "phantom_jax"),
         "pipeline_tag": "image-text-to-text",
-        "license": license,
+        # The licences of the parents decide.
+        "license": "other",
         "base_model": [entry for entry in base if _on_hub(entry)],
         "datasets": [entry for entry in data if _on_hub(entry)],
         "tags": [kind, "phantom_jax", *(["lora"] if layout == "peft" else [])],

@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging
 
-from phantom_jax.checkpoints.arrays import Box, StoredArray, block_axis, boxes, contiguous, made_ahead
+from phantom_jax.checkpoints.arrays import Box, StoredArray, contiguous, made_ahead
+from phantom_jax.checkpoints.quantized import blocks, in_kernel
 from phantom_jax.errors import InputError
 from phantom_jax.trees import flatten, unflatten
 
@@ -38,17 +39,12 @@ class _Leaf:
     def __init__(self, path: str, array: Any):
         self.path, self.array = path, array
         self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
-        self.chunk = _chunk(self.shape, self.dtype.itemsize)
-
-    def boxes(self) -> Iterator[Box]:
-        """Blocks that hold whole chunks."""
-        step = self.chunk[block_axis(self.array)] if self.shape else 1
-        return boxes(self.array, BLOCK_BYTES, step)
+        self.chunk = _chunk(self.shape, self.dtype.itemsize, in_kernel(path) or len(self.shape) > 2)
 
 
-def _chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def _chunk(shape: tuple[int, ...], itemsize: int, layered: bool) -> tuple[int, ...]:
     """At most 1 MiB of one layer, cut along its longest axes: whatever axis a mesh splits, few bytes are read twice."""
-    chunk = [1, *shape[1:]] if len(shape) > 2 else list(shape)
+    chunk = [1, *shape[1:]] if layered else list(shape)
     while math.prod(chunk) * itemsize > _CHUNK_BYTES:
         longest = chunk.index(max(chunk))
         chunk[longest] = -(-chunk[longest] // 2)
@@ -102,28 +98,27 @@ class _Handler(ocp.type_handlers.TypeHandler):
         # Orbax names the pool in the specification; `_sync` does what `file_io_sync` would.
         context = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 1 << 26}, "file_io_sync": False})
         stores = {leaf.path: await _create(leaf, info, context) for leaf, info in zip(leaves, infos, strict=True)}
+        arrays = {leaf.path: leaf.array for leaf in leaves}
+        work = blocks(arrays, BLOCK_BYTES, {leaf.path: leaf.chunk for leaf in leaves})
         flying = 0
-        # Arrays of one quantised kernel go layer by layer together, so that each layer is quantised once.
-        work = ((leaf, box) for leaf in leaves for box in leaf.boxes())
-        work = sorted(work, key=lambda item: (_kernel_of(item[0]), item[1][0].start if item[1] else 0))
-        makers = (functools.partial(_block, leaf, box) for leaf, box in work)
-        for (leaf, box), block in zip(work, made_ahead(makers), strict=True):
-            if self._stopped:
-                return
-            written = stores[leaf.path][box].write(block, can_reference_source_data_indefinitely=True)
-            waiting.append((written, block.nbytes))
-            flying += block.nbytes
-            while flying > _IN_FLIGHT_BYTES:
-                oldest, size = waiting.popleft()
-                await oldest
-                flying -= size
+        with contextlib.closing(made_ahead(functools.partial(_block, arrays[path], box) for path, box in work)) as made:
+            for (path, box), block in zip(work, made, strict=True):
+                if self._stopped:
+                    return
+                written = stores[path][box].write(block, can_reference_source_data_indefinitely=True)
+                waiting.append((written, block.nbytes))
+                flying += block.nbytes
+                while flying > _IN_FLIGHT_BYTES:
+                    oldest, size = waiting.popleft()
+                    await oldest
+                    flying -= size
         while waiting:
             await waiting.popleft()[0]
         _sync(infos[0].parent_dir)
 
 
-def _block(leaf: _Leaf, box: Box) -> np.ndarray:
-    return contiguous(np.asarray(leaf.array[box]))
+def _block(array: Any, box: Box) -> np.ndarray:
+    return contiguous(np.asarray(array[box]))
 
 
 def _sync(directory: os.PathLike[str]) -> None:
@@ -135,11 +130,6 @@ def _sync(directory: os.PathLike[str]) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-def _kernel_of(leaf: _Leaf) -> str:
-    kernel, mark, _ = leaf.path.partition("/kernel/")
-    return kernel + mark
 
 
 async def _create(leaf: _Leaf, info: Any, context: tensorstore.Context) -> tensorstore.TensorStore:

@@ -1,14 +1,13 @@
 """Quantised kernels on disk: the arrays of a `QuantizedTensor` one by one; float kernels quantised layer by layer."""
 
 import functools
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from phantom_jax.checkpoints.arrays import Box, StoredArray, contiguous
+from phantom_jax.checkpoints.arrays import Box, StoredArray, boxes, contiguous, once, stack
 from phantom_jax.errors import InputError
 from phantom_jax.models.quantization import kernel_inputs
 from phantom_jax.ops.quantize import QuantizedTensor, quantize
@@ -17,7 +16,9 @@ _FIELDS = ("codes", "scales", "block_codes", "block_mean")
 
 
 def quantized(params: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Flat parameters with stacked layers, the kernels that `quantize_params` takes quantised when they are read.
+    """Flat parameters with stacked layers, the kernels of the layers quantised when they are read.
+
+    Two quantised layers are kept. Read in the order of `blocks`, no layer is quantised twice.
 
     Args:
       params: arrays by path, `language_model/layers/...` and others.
@@ -26,43 +27,66 @@ def quantized(params: Mapping[str, Any], kind: str) -> dict[str, Any]:
     Raises:
       InputError: something is quantised already.
     """
+    inputs = {path: kernel_inputs(path.removeprefix("params/")) for path in params}
+
+    def quantize_layer(path: str, index: int) -> QuantizedTensor:
+        return jax.device_get(quantize(contiguous(np.asarray(params[path][index])), kind, inputs=inputs[path]))
+
+    layer = once(quantize_layer, 2)
     result = {}
     for path, array in params.items():
-        inputs = kernel_inputs(path.removeprefix("params/"))
-        if inputs is not None and isinstance(array, QuantizedTensor):
+        if inputs[path] is not None and isinstance(array, QuantizedTensor):
             raise InputError(f"the weights are quantised to {array.kind} already: leave quantize out")
-        result[path] = array if inputs is None else _quantized(array, kind, inputs)
+        result[path] = (
+            array if inputs[path] is None else _when_read(array, kind, inputs[path], functools.partial(layer, path))
+        )
     return result
 
 
-def _quantized(kernel: Any, kind: str, inputs: int) -> QuantizedTensor:
-    lock = threading.Lock()
-
-    @functools.lru_cache(maxsize=2)
-    def quantized_layer(index: int) -> QuantizedTensor:
-        return jax.device_get(quantize(contiguous(np.asarray(kernel[index])), kind, inputs=inputs))
-
-    def layer(index: int) -> QuantizedTensor:
-        # Several arrays of a layer are asked for at a time.
-        with lock:
-            return quantized_layer(index)
-
+def _when_read(kernel: Any, kind: str, inputs: int, layer: Callable[[int], QuantizedTensor]) -> QuantizedTensor:
     first = jax.ShapeDtypeStruct(kernel.shape[1:], kernel.dtype)
     form = jax.eval_shape(functools.partial(quantize, kind=kind, inputs=inputs), first)
 
     def field(name: str) -> StoredArray | None:
-        if getattr(form, name) is None:
+        one = getattr(form, name)
+        if one is None:
             return None
-        shape = (kernel.shape[0], *getattr(form, name).shape)
-
-        def read(box: Box) -> np.ndarray:
-            layers = range(box[0].start, box[0].stop)
-            parts = [np.asarray(getattr(layer(index), name))[box[1:]] for index in layers]
-            return np.stack(parts) if parts else np.empty([part.stop - part.start for part in box])
-
-        return StoredArray(shape, getattr(form, name).dtype, read)
+        return stack(
+            [
+                StoredArray(one.shape, one.dtype, lambda box, index=index: np.asarray(getattr(layer(index), name))[box])
+                for index in range(kernel.shape[0])
+            ]
+        )
 
     return QuantizedTensor(*map(field, _FIELDS), kind, form.input_shape, form.output_shape)
+
+
+def in_kernel(path: str) -> bool:
+    """Whether `split_fields` made this path of an array of a quantised kernel."""
+    return path.endswith(tuple(f"/kernel/{name}" for name in _FIELDS))
+
+
+def blocks(
+    flat: Mapping[str, Any], limit: int, chunks: Mapping[str, tuple[int, ...]] | None = None
+) -> list[tuple[str, Box]]:
+    """All parts of arrays, those of one quantised kernel layer by layer together.
+
+    Args:
+      flat: arrays by path, as of `split_fields`.
+      limit: about as many bytes are a part.
+      chunks: see `arrays.boxes`, by path.
+    """
+    parts = [
+        (path, box)
+        for path, array in flat.items()
+        for box in boxes(array, limit, chunks and chunks[path], layered=in_kernel(path) or None)
+    ]
+
+    def place(part: tuple[str, Box]) -> tuple[str, int]:
+        path, box = part
+        return (path.rpartition("/")[0], box[0].start) if in_kernel(path) else (path, 0)
+
+    return sorted(parts, key=place)
 
 
 def split_fields(flat: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

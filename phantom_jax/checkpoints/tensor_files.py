@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,9 @@ from phantom_jax.json_files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+if sys.byteorder != "little":
+    raise InputError("weights are stored in little-endian order, and this machine is big-endian: use another one")
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -62,11 +66,7 @@ def weight_map(path: pathlib.Path) -> dict[str, str]:
 
 
 class TensorFiles:
-    """The tensors of some safetensors files by name, read part by part.
-
-    Attributes:
-      bytes_read: how much of the tensors was read so far.
-    """
+    """The tensors of some safetensors files by name, read part by part."""
 
     def __init__(self, paths: list[pathlib.Path]):
         """Opens files.
@@ -74,7 +74,6 @@ class TensorFiles:
         Raises:
           InputError: one is damaged, or two of them hold a tensor of one name.
         """
-        self.bytes_read = 0
         self._where: dict[str, tuple[pathlib.Path, int, str, tuple[int, ...]]] = {}
         self._descriptors: dict[pathlib.Path, int] = {}
         weakref.finalize(self, _close, self._descriptors)
@@ -157,7 +156,6 @@ class TensorFiles:
         with self._lock:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
-            self.bytes_read += len(place)
         while place:
             # Not mapped into memory: pages that were looked at would count as memory of this process.
             count = os.preadv(self._descriptors[path], [place], offset)

@@ -1,6 +1,8 @@
 """Writes safetensors block by block: the header first, then the tensors' bytes as they come."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -65,11 +67,16 @@ def write_folder(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes
     write_json(directory / INDEX, index)
 
 
-def write_file(path: pathlib.Path, tensors: Sequence[Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes one file; readers of the PyTorch world want the metadata `{"format": "pt"}`, which is the default."""
+def write_file(path: pathlib.Path, tensors: Sequence[Tensor]) -> None:
+    """Writes one file.
+
+    Raises:
+      RuntimeError: the blocks of a tensor are not of its dtype, or not as many bytes as its shape says.
+    """
     # Wide dtypes first, so that every tensor is aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    # Readers of the PyTorch world want this metadata.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes
@@ -82,9 +89,23 @@ def write_file(path: pathlib.Path, tensors: Sequence[Tensor], metadata: dict[str
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for block in made_ahead(block for tensor in tensors for block in tensor.blocks()):
-            _write_all(file, memoryview(block.view(np.uint8)))
+        missing = {tensor.name: tensor.nbytes for tensor in tensors}
+        makers = (functools.partial(_made, tensor, block) for tensor in tensors for block in tensor.blocks())
+        with contextlib.closing(made_ahead(makers)) as blocks:
+            for name, block in blocks:
+                _write_all(file, memoryview(block.view(np.uint8)))
+                missing[name] -= block.nbytes
+        wrong = [f"{name} by {-count:+}" for name, count in missing.items() if count]
+        if wrong:
+            raise RuntimeError(f"{path} is not what its header says, bytes differ: {', '.join(wrong)}")
         os.fsync(file.fileno())
+
+
+def _made(tensor: Tensor, block: Callable[[], np.ndarray]) -> tuple[str, np.ndarray]:
+    array = block()
+    if array.dtype != tensor.dtype:
+        raise RuntimeError(f"{tensor.name} is to be {tensor.dtype}, a block of it is {array.dtype}")
+    return tensor.name, array
 
 
 def _write_all(file: Any, data: memoryview) -> None:

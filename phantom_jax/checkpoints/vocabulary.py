@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from phantom_jax.checkpoints.arrays import Box, StoredArray
+from phantom_jax.checkpoints.arrays import Box, StoredArray, once
 
 # Share of the covariance of the rows that are there, as in the converter of the llava-hf models.
 _SPREAD = 1e-5
@@ -36,7 +36,7 @@ def resize_rows(array: Any, size: int, *, seed: int, kept: int | None = None, ax
     if rows == kept == size:
         return array
     shape = tuple(size if place == axis else length for place, length in enumerate(array.shape))
-    new_rows = functools.cache(functools.partial(_new_rows, array, kept, size - kept, seed, axis))
+    new_rows = once(functools.partial(_new_rows, array, kept, size - kept, seed, axis))
 
     def read(box: Box) -> np.ndarray:
         part = box[axis]

@@ -324,14 +324,3 @@ def unstack_layers(params: Mapping[str, Any], take: Callable[[Any, int], Any] = 
             layer = layers.setdefault(f"layers_{index}", {})
             layer[path] = jax.tree.map(lambda leaf, index=index: take(leaf, index), array)
     return params | {name: unflatten(leaves) for name, leaves in layers.items()}
-
-
-def stack_layers(params: Mapping[str, Any], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
-    """The inverse of `unstack_layers`; `join` makes one array of those of all layers."""
-    params = dict(params)
-    count = sum(name.startswith("layers_") for name in params)
-    layers = [flatten(params.pop(f"layers_{index}")) for index in range(count)]
-    stacked = {
-        path: jax.tree.map(lambda *arrays: join(arrays), *(layer[path] for layer in layers)) for path in layers[0]
-    }
-    return params | {"layers": unflatten(stacked)}

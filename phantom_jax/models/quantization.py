@@ -1,7 +1,11 @@
-"""Which weights of a model are stored in few bits."""
+"""Which weights of a model are stored in few bits: query, key, value, out, gate, up and down of the layers.
 
-import functools
-import operator
+They are nearly all of a large model. Everything else keeps its dtype: norms and biases are small; embeddings and head
+are where an error reaches the probabilities of tokens directly; the phantom linears work on single heads, whose rows of
+64 to 128 numbers give little to save, and decide a branch that is small beside the rest. The released Phantom too keeps
+its phantom linears and its head out of 8 bits. Vision tower and projector run once an image.
+"""
+
 import re
 from typing import Any
 
@@ -10,7 +14,6 @@ import jax
 from phantom_jax.errors import InputError
 from phantom_jax.layouts import QUANTIZATIONS
 from phantom_jax.ops import quantize
-from phantom_jax.trees import flatten
 
 # Stacked layers are `layers`, layers of their own `layers_0`, `layers_1`, ...
 _KERNEL = re.compile(r"language_model/layers(_\d+)?/(attention/(?P<attention>query|key|value|out)|gate|up|down)/kernel")
@@ -22,39 +25,6 @@ def kernel_inputs(path: str) -> int | None:
     return None if match is None else 2 if match["attention"] == "out" else 1
 
 
-def quantize_params(params: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Quantises the linear maps of the language model's layers: query, key, value, out, gate, up and down.
-
-    They are nearly all of a large model. Everything else keeps its dtype: norms and biases are small; embeddings and
-    head are where an error reaches the probabilities of tokens directly; the phantom linears work on single heads,
-    whose rows of 64 to 128 numbers give little to save, and decide a branch that is small beside the rest. The released
-    Phantom too keeps its phantom linears and its head out of 8 bits. Vision tower and projector run once an image.
-
-    Args:
-      params: of a `VisionLanguageModel`, nested dictionaries. CHANGED IN PLACE, kernel after kernel, so that besides
-        the model one kernel at a time needs memory, provided that nobody else holds the old ones.
-      kind: `int8` or `nf4`, see `ops.quantize`.
-
-    Returns:
-      `params`.
-
-    Raises:
-      InputError: the kind does not exist, there is nothing to quantise, or it is quantised already.
-    """
-    check_kind(kind)
-    paths = [path for path in flatten(params) if kernel_inputs(path) is not None]
-    if not paths:
-        raise InputError(
-            f"there is no language model to quantise among {', '.join(sorted(params))}: give the parameters of a whole "
-            "vision-language model"
-        )
-    for path in paths:
-        *parents, name = path.split("/")
-        node = functools.reduce(operator.getitem, parents, params)
-        node[name] = quantize_kernel(path, node[name], kind)
-    return params
-
-
 def check_kind(kind: str) -> None:
     """Raises an `InputError` where weights cannot be quantised to a kind."""
     if kind not in QUANTIZATIONS:
@@ -62,7 +32,16 @@ def check_kind(kind: str) -> None:
 
 
 def quantize_kernel(path: str, array: Any, kind: str) -> Any:
-    """The array at a path, quantised if it is one of those that are; see `quantize_params`."""
+    """The array at a path of a `VisionLanguageModel`, quantised if it is one of those that are.
+
+    Args:
+      path: `language_model/layers/...`, the array stacked, or `language_model/layers_0/...`.
+      array: jax's or numpy's.
+      kind: `int8` or `nf4`, see `ops.quantize`.
+
+    Raises:
+      InputError: it is quantised already.
+    """
     inputs = kernel_inputs(path)
     if inputs is None:
         return array

@@ -1,4 +1,4 @@
-"""From arrays that lie on disk or in host memory to devices: each process reads what its own devices hold."""
+"""From arrays that lie on disk or in host memory to devices, each process what its own devices hold; and back."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from phantom_jax.checkpoints.arrays import Box, StoredArray, contiguous
 from phantom_jax.ops.quantize import NF4_BLOCK, QuantizedTensor
 
 
@@ -23,10 +24,22 @@ def place(array: Any, sharding: Sharding) -> jax.Array:
     def part(index):
         key = tuple((axis.start, axis.stop) for axis in index)
         if key not in parts:
-            parts[key] = np.asarray(array[index], order="C")
+            parts[key] = contiguous(np.asarray(array[index]))
         return parts[key]
 
     return jax.make_array_from_callback(tuple(array.shape), sharding, part)
+
+
+def on_host(array: jax.Array) -> StoredArray:
+    """The array, copied from its devices part by part, when a part is read."""
+
+    def read(box: Box) -> np.ndarray:
+        # An array keeps the host's copy of all of it; this one, which shares its buffers, goes with its copy.
+        shards = [shard.data for shard in array.addressable_shards]
+        same = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+        return np.asarray(same[box])
+
+    return StoredArray(array.shape, array.dtype, read)
 
 
 def quantized_shardings(tensor: QuantizedTensor, kernel: NamedSharding) -> QuantizedTensor:

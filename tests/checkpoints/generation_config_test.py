@@ -20,7 +20,7 @@ VICUNA = {
 
 def test_greedy_without_a_source():
     assert generation_config(TOKENS) == {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
-    several = generation_config(TokenIds(image=5, eos=(7, 9), pad=-1), bos=1)
+    several = generation_config(TokenIds(image=5, eos=(7, 9), pad=-1), source={"bos_token_id": 1})
     assert several == {"do_sample": False, "bos_token_id": 1, "eos_token_id": [7, 9]}
     assert json.loads(json.dumps(several)) == several
 
@@ -48,7 +48,6 @@ def test_beams_keep_what_concerns_them():
 def test_the_model_decides_its_end_and_padding():
     found = generation_config(TOKENS, source={"eos_token_id": 99, "pad_token_id": 98, "bos_token_id": 97})
     assert (found["eos_token_id"], found["pad_token_id"], found["bos_token_id"]) == (2, 0, 97)
-    assert generation_config(TOKENS, bos=1, source={"bos_token_id": 97})["bos_token_id"] == 1
 
 
 @pytest.mark.parametrize("value", [None, "0.9", float("nan"), -1, 0, True, [1]])

@@ -16,7 +16,14 @@ from tests.tiny_tokenizers import llama
 TOKENS = TokenIds(image=208, eos=(2, 3), pad=0)
 SOURCES = {
     "none": None,
-    "vicuna": {"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "pad_token_id": 0, "_from_model_config": True},
+    "vicuna": {
+        "bos_token_id": 1,
+        "temperature": 0.9,
+        "top_p": 0.6,
+        "max_length": 4096,
+        "pad_token_id": 0,
+        "_from_model_config": True,
+    },
     "llama-2-chat": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096},
     "beams": {"num_beams": 4, "length_penalty": 0.0, "early_stopping": True},
     "one beam": {"num_beams": 1, "length_penalty": 2.0, "early_stopping": True, "top_k": 5, "min_p": 0.1},
@@ -26,7 +33,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_generation_config_is_valid_there(source, tmp_path):
-    written = generation_config(TOKENS, bos=1, source=source)
+    written = generation_config(TOKENS, source=source)
     (tmp_path / "generation_config.json").write_text(json.dumps(written))
     read = GenerationConfig.from_pretrained(tmp_path)
     read.validate(strict=True)
