@@ -14,7 +14,7 @@ import numpy as np
 from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
-from phantom_jax.checkpoints.arrays import Box, StoredArray, layer_of, stack
+from phantom_jax.checkpoints.arrays import Box, StoredArray, cast, layer_of, stack
 from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, listed
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_folder
