@@ -173,6 +173,8 @@ def load(
     config, published, tokens = read_config(directory, None if tower is None else tower[0])
     content = published.config
     files = open_files(directory)
+    if published.format == "llava-hf":
+        files = files.called({names.published_llava_hf(name): name for name in files.names()})
     generation = directory / "generation_config.json"
     inside = published.format != "llava-original" or any(names.TOWER in name for name in files.names())
     published = dataclasses.replace(

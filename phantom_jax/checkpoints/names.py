@@ -287,6 +287,26 @@ def llava_hf_table(config: VisionLanguageConfig) -> list[Row]:
     )
 
 
+# What transformers calls them in memory since 4.52, and writes where a model was made from a config.
+_LLAVA_HF_IN_MEMORY = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+
+
+def published_llava_hf(name: str) -> str:
+    """The name that a tensor of a `llava-hf` has in every published folder; newer ones of transformers lead to it."""
+    for memory, disk in _LLAVA_HF_IN_MEMORY.items():
+        if name.startswith(memory):
+            name = disk + name.removeprefix(memory)
+    tower = "vision_tower."
+    if name.startswith(tower) and not name.startswith(tower + "vision_model."):
+        name = f"{tower}vision_model.{name.removeprefix(tower)}"
+    return name
+
+
 TOWER = "vision_tower.vision_tower.vision_model."
 """Where an original LLaVA has its vision tower, if it does."""
 

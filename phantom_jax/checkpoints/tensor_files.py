@@ -9,7 +9,7 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -108,10 +108,14 @@ class TensorFiles:
 
     def only(self, names: Iterable[str]) -> "TensorFiles":
         """The same files, as if they held these tensors alone."""
+        return self.called({name: name for name in names})
+
+    def called(self, names: Mapping[str, str]) -> "TensorFiles":
+        """The same files, as if they held some tensors under other names: new ones to those in the files."""
         some = copy.copy(self)
         # The files are closed when the last of the two goes.
         some._whole = self
-        some._where = {name: self._where[name] for name in names}
+        some._where = {name: self._where[held] for name, held in names.items()}
         return some
 
     def names(self) -> list[str]:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from phantom_jax import conversion, pretrained
 from phantom_jax.checkpoints import hf, model_folder
@@ -76,8 +77,6 @@ def test_a_model_without_tokenizer_gets_the_next_ids(golden, tmp_path):
 
 def test_a_second_linear_map_that_is_none_is_refused(golden, tmp_path):
     conversion.convert(str(golden / "llava-original"), str(tmp_path / "hf"), layout="llava-hf")
-    from safetensors.numpy import save_file
-
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["multi_modal_projector.linear_2.weight"][3, 4] = 1e-3
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
@@ -89,8 +88,6 @@ def test_an_original_without_its_tower(golden, tmp_path):
     """Its folder is read with the tower beside it, and written without it again."""
     checkpoint, _ = model_folder.read(golden / "llava-original")
     tensors = load_file(golden / "llava-original" / "model.safetensors")
-    from safetensors.numpy import save_file
-
     source, tower = tmp_path / "original", tmp_path / "clip"
     source.mkdir()
     tower.mkdir()
@@ -115,3 +112,24 @@ def test_an_original_without_its_tower(golden, tmp_path):
     }
     with pytest.raises(InputError, match="holds its vision tower: leave --vision out"):
         conversion.convert(str(golden / "llava-original"), str(tmp_path / "x"), layout="ours", vision=str(tower))
+
+
+@pytest.mark.parametrize("style", ["made from a config", "in memory"])
+def test_newer_names_of_transformers_are_read(golden, tmp_path, style):
+    tensors = load_file(golden / "llava-hf" / "model.safetensors")
+    renamed = {name.replace("vision_tower.vision_model.", "vision_tower."): tensors[name] for name in tensors}
+    if style == "in memory":
+        memory = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+        memory |= {part: f"model.{part}" for part in ("vision_tower.", "multi_modal_projector.")}
+        renamed = {
+            next(new + name.removeprefix(old) for old, new in memory.items() if name.startswith(old)): tensor
+            for name, tensor in renamed.items()
+        }
+    assert not set(renamed) & {name for name in tensors if "vision_tower" in name}
+    shutil.copytree(golden / "llava-hf", tmp_path / "newer")
+    save_file(renamed, tmp_path / "newer" / "model.safetensors")
+    conversion.convert(str(tmp_path / "newer"), str(tmp_path / "back"), layout="llava-hf", verify=True)
+    again = load_file(tmp_path / "back" / "model.safetensors")
+    assert {name: tensor.tobytes() for name, tensor in again.items()} == {
+        name: tensor.tobytes() for name, tensor in tensors.items()
+    }

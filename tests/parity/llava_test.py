@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from phantom_jax.checkpoints import hf
@@ -50,10 +49,6 @@ def models(request, tmp_path):
     theirs = LlavaForConditionalGeneration(config).eval()
     theirs.generation_config.eos_token_id = None
     theirs.save_pretrained(tmp_path)
-    # transformers 5 leaves out a level of names that every published checkpoint has.
-    tensors = load_file(tmp_path / "model.safetensors")
-    published = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): tensors[name] for name in tensors}
-    save_file(published, tmp_path / "model.safetensors")
     return theirs, hf.load(tmp_path)
 
 
