@@ -174,7 +174,11 @@ def load(
     content = published.config
     files = open_files(directory)
     if published.format == "llava-hf":
-        files = files.called({names.published_llava_hf(name): name for name in files.names()})
+        held = {names.published_llava_hf(name): name for name in files.names()}
+        if len(held) < len(files.names()):
+            twice = sorted(set(files.names()) - set(held.values()))
+            raise InputError(f"{directory} holds tensors under two names:\n    {listed(twice)}")
+        files = files.called(held)
     generation = directory / "generation_config.json"
     inside = published.format != "llava-original" or any(names.TOWER in name for name in files.names())
     published = dataclasses.replace(

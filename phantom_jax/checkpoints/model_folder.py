@@ -195,6 +195,11 @@ def appearing(path: str | os.PathLike[str], *, needed: int = 0) -> Iterator[path
                     f"the disk of {str(path)!r} became full: nothing was left there, make room or choose another disk"
                 ) from error
             raise
+        # The name is on the disk at once: what it stands for must be there before.
+        for folder, _, files in os.walk(scratch):
+            for file in files:
+                _sync(os.path.join(folder, file))
+            _sync(folder)
         check_new(path)
         # Takes the place of an empty folder. The lock goes last: without it another process might take the folder over.
         scratch.rename(target)
@@ -266,8 +271,9 @@ def _disk_is_full(error: BaseException) -> bool:
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
-def _sync(directory: pathlib.Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: str | os.PathLike[str]) -> None:
+    """Puts a file, or what a folder lists, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

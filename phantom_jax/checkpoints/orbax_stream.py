@@ -9,7 +9,6 @@ import collections
 import contextlib
 import functools
 import math
-import os
 import pathlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +94,7 @@ class _Handler(ocp.type_handlers.TypeHandler):
             self._idle.set()
 
     async def _write_blocks(self, leaves: Sequence[_Leaf], infos: Sequence[Any], waiting: collections.deque) -> None:
-        # Orbax names the pool in the specification; `_sync` does what `file_io_sync` would.
+        # Orbax names the pool in the specification; who writes the folder syncs its files once, not after each block.
         context = tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 1 << 26}, "file_io_sync": False})
         stores = {leaf.path: await _create(leaf, info, context) for leaf, info in zip(leaves, infos, strict=True)}
         arrays = {leaf.path: leaf.array for leaf in leaves}
@@ -114,22 +113,10 @@ class _Handler(ocp.type_handlers.TypeHandler):
                     flying -= size
         while waiting:
             await waiting.popleft()[0]
-        _sync(infos[0].parent_dir)
 
 
 def _block(array: Any, box: Box) -> np.ndarray:
     return contiguous(np.asarray(array[box]))
-
-
-def _sync(directory: os.PathLike[str]) -> None:
-    """Puts all files on the disk; done once, not after each block."""
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 async def _create(leaf: _Leaf, info: Any, context: tensorstore.Context) -> tensorstore.TensorStore:

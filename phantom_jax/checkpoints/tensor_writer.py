@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +44,7 @@ class Tensor:
 def write_folder(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `model.safetensors`; where that would be larger than `shard_bytes`, shards with an index.
 
-    A tensor larger than that has a shard of its own. All is on the disk when this returns.
+    A tensor larger than that has a shard of its own.
     """
     shards: list[list[Tensor]] = [[]]
     size = 0
@@ -98,7 +97,6 @@ def write_file(path: pathlib.Path, tensors: Sequence[Tensor]) -> None:
         wrong = [f"{name} by {-count:+}" for name, count in missing.items() if count]
         if wrong:
             raise RuntimeError(f"{path} is not what its header says, bytes differ: {', '.join(wrong)}")
-        os.fsync(file.fileno())
 
 
 def _made(tensor: Tensor, block: Callable[[], np.ndarray]) -> tuple[str, np.ndarray]:
