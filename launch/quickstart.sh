@@ -78,7 +78,8 @@ convert() {
     fail "$folder/hf exists and is no exported model; move it away, or give another folder."
   fi
   rm -rf "$folder/hf"
-  phantom-jax convert --source="$folder/model" --target="$folder/hf" --to=phantom --verify
+  phantom-jax convert --source="$folder/model" --target="$folder/hf" --to=phantom --verify \
+    --evaluation="$(phases | tail -n 1)=$folder/evaluation"
 }
 
 # Asks the exported model one of the questions that the evaluation kept, and expects the answer it gave before.

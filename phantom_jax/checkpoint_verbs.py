@@ -8,8 +8,8 @@ from typing import Any
 from absl import flags
 
 from phantom_jax.errors import InputError
+from phantom_jax.layouts import LAYOUTS, MODEL_LAYOUTS, QUANTIZATIONS, STORED_DTYPES
 
-LAYOUTS = ("ours", "phantom", "llava-hf", "llava-original", "peft")
 _PICKLE = "Read pickled weights (.bin), by PyTorch's weights_only loader in a process of its own."
 
 
@@ -32,13 +32,13 @@ def define_convert(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer("seed", 0, "Of what is fresh in a new model.", flag_values=values)
     flags.DEFINE_string("base", None, "Folder of the model that an adapter was trained on.", flag_values=values)
     text = "Of all weights. As stored when not given."
-    flags.DEFINE_enum("dtype", None, ("float32", "bfloat16", "float16"), text, flag_values=values)
+    flags.DEFINE_enum("dtype", None, STORED_DTYPES, text, flag_values=values)
     text = "Bits of the language model's linear maps, for --to=ours."
-    flags.DEFINE_enum("quantize", None, ("int8", "nf4"), text, flag_values=values)
+    flags.DEFINE_enum("quantize", None, QUANTIZATIONS, text, flag_values=values)
     text = "Name of the conversation template to store. What the source remembers when not given."
     flags.DEFINE_string("template", None, text, flag_values=values)
     flags.DEFINE_boolean("allow_pickle", False, _PICKLE, flag_values=values)
-    text = "Folder that `evaluate --output` wrote: its result goes into the model card."
+    text = "Folder that `evaluate --output` wrote, or NAME=FOLDER: the model's result goes into the model card."
     flags.DEFINE_string("evaluation", None, text, flag_values=values)
     text = (
         "Read the target back: compare every tensor, logits with transformers where it loads the model, try a Phantom."
@@ -96,7 +96,7 @@ def define_merge(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("adapter", None, "Folder of the adapter, PEFT's, LLaVA's or ours.", flag_values=values)
     flags.DEFINE_string("target", None, "Folder to write. It must not exist, or be empty.", flag_values=values)
     text = "Layout to write. That of the model when not given."
-    flags.DEFINE_enum("to", None, [layout for layout in LAYOUTS if layout != "peft"], text, flag_values=values)
+    flags.DEFINE_enum("to", None, MODEL_LAYOUTS, text, flag_values=values)
     flags.DEFINE_boolean("allow_pickle", False, _PICKLE, flag_values=values)
 
 

@@ -17,17 +17,17 @@ from phantom_jax.checkpoints.arrays import cast
 from phantom_jax.checkpoints.assemble import assemble
 from phantom_jax.checkpoints.hf import Checkpoint, Origin
 from phantom_jax.checkpoints.hf_processor import with_template
-from phantom_jax.checkpoints.load_lines import LAYOUTS, adapter_lines, load_lines, serve_line
+from phantom_jax.checkpoints.load_lines import adapter_lines, load_lines, serve_line
 from phantom_jax.checkpoints.model_card import model_card
 from phantom_jax.checkpoints.quantized import quantized
 from phantom_jax.checkpoints.relayout import in_layout
-from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.checkpoints.weights import open_tensors
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
+from phantom_jax.layouts import ADAPTER_LAYOUTS, LAYOUTS, MODEL_LAYOUTS, STORED_DTYPES, check_name
 from phantom_jax.models.quantization import check_kind, kernel_inputs
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +68,14 @@ def convert(
     Args:
       source: folder to read, or the parents of a new model.
       target: folder to write; it must not exist, or be empty.
-      layout: one of `load_lines.LAYOUTS`.
+      layout: one of `layouts.LAYOUTS`.
       base: folder of the model that an adapter was trained on.
       vision: folder of the vision tower of an original LLaVA that leaves it out.
-      dtype: one of `DTYPES`, of all arrays; None keeps each as it is stored.
+      dtype: one of `layouts.STORED_DTYPES`, of all arrays; None keeps each as it is stored.
       quantize: `int8` or `nf4`, for the linear maps of the language model's layers; `ours` alone holds that.
       template: name of the conversation template to store; None keeps what the source remembers.
       allow_pickle: read `.bin` files, in a process of its own.
-      evaluation: folder that `evaluate` wrote; its results go into the model card.
+      evaluation: folder that `evaluate` wrote, or NAME=FOLDER; its results go into the model card.
       verify: read the target back and compare; see `verification`.
 
     Returns:
@@ -136,11 +136,13 @@ def merge_adapter(
     Raises:
       InputError: the two do not go together, or one of them is damaged.
     """
-    _check(target, layout or "ours", None, None)
+    if layout is not None:
+        check_name("layout", layout, MODEL_LAYOUTS)
+    model_folder.check_new(target)
     with _scratch(target, allow_pickle) as scratch:
         checkpoint, processor = model_folder.read(model, scratch=scratch)
         layout = layout or ("ours" if model_folder.is_ours(model) else checkpoint.published.format)
-        change = adapter_folder.read(adapter, checkpoint, scratch=scratch)
+        change = adapter_folder.read(adapter, checkpoint.description, scratch=scratch)
         change.check_template(processor)
         merged = merge(checkpoint, change)
         merged = dataclasses.replace(
@@ -154,10 +156,9 @@ def merge_adapter(
 
 
 def _check(target: str, layout: str, dtype: str | None, quantize: str | None) -> None:
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} does not exist: use one of {', '.join(LAYOUTS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} does not exist: use one of {', '.join(DTYPES)}")
+    check_name("layout", layout, LAYOUTS)
+    if dtype is not None:
+        check_name("dtype", dtype, STORED_DTYPES)
     if quantize is not None:
         check_kind(quantize)
         if layout != "ours":
@@ -192,7 +193,7 @@ def _read(
         projector_kind=source.projector_kind,
         seed=source.seed,
         template=template,
-        open_files=functools.partial(model_folder.open_tensors, scratch=scratch),
+        open_files=functools.partial(open_tensors, scratch=scratch),
     )
     origin = Origin(base=tuple(filter(None, (source.vision, source.llm, source.projector))))
     return dataclasses.replace(checkpoint, origin=origin, entries=tuple(entries)), processor
@@ -242,12 +243,12 @@ def _write(
 def _convert_adapter(
     source: str, target: str, layout: str, base: str | None, scratch: pathlib.Path | None
 ) -> list[str]:
-    if layout not in adapter_folder.FORMATS:
+    if layout not in ADAPTER_LAYOUTS:
         raise InputError(
             f"{source} is an adapter, and {layout} a layout of whole models: set --to to "
-            f"{' or '.join(adapter_folder.FORMATS)}, or work it into its model with `merge`"
+            f"{' or '.join(ADAPTER_LAYOUTS)}, or work it into its model with `merge`"
         )
-    model = None if base is None else model_folder.read(base, scratch=scratch)[0]
+    model = None if base is None else model_folder.describe(base)
     adapter = adapter_folder.read(source, model, scratch=scratch)
     with model_folder.appearing(target) as folder:
         adapter_folder.write(adapter, folder, format=layout)
@@ -289,21 +290,24 @@ def _how_to_load(layout: str, target: str, written: Checkpoint | Adapter) -> lis
 
 
 def _metrics(folder: str, source: str | Parents) -> dict[str, float]:
-    """The exact match that `evaluate --output` found, of the model of the source's name where there are several."""
+    """The exact match that `evaluate --output` found.
+
+    Args:
+      folder: what it wrote. Of several models NAME=FOLDER takes one; else it is that of the source's name.
+      source: the folder that is read.
+    """
+    name, named, folder = folder.rpartition("=")
     path = pathlib.Path(folder) / "results.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no results.json: give the folder that `evaluate --output` wrote")
     results = read_json(path)
-    name = pathlib.Path(str(source)).name
     try:
         models = results["models"]
-        found = models if len(models) == 1 else {key: value for key, value in models.items() if key == name}
-        for value in found.values():
-            right, count = value["all"]["all"]
-            return {f"exact match, {results['source']} {results['split']}, {count} questions": right / count}
-        said = ", ".join(models)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if not named:
+            name = next(iter(models)) if len(models) == 1 else pathlib.Path(str(source)).name
+        if name not in models:
+            raise InputError(f"{path} has results of {', '.join(models)}, none of {name!r}: give one as NAME=FOLDER")
+        right, count = models[name]["all"]["all"]
+        return {f"exact match, {results['source']} {results['split']}, {count} questions": right / count}
+    except (ArithmeticError, AttributeError, KeyError, StopIteration, TypeError) as error:
         raise InputError(f"{path} is not what `evaluate --output` writes ({error!r})") from error
-    raise InputError(
-        f"{path} has results of {said}, and the source is called {name!r}: name one so in --model=NAME=FOLDER"
-    )

@@ -7,7 +7,9 @@ from typing import Any
 
 from absl import flags
 
+from phantom_jax.config import DTYPES
 from phantom_jax.errors import InputError
+from phantom_jax.layouts import QUANTIZATIONS
 
 # Flags that stand for fields of `Settings`, where the defaults are.
 _SETTINGS = (
@@ -100,9 +102,9 @@ def _define_model(values: flags.FlagValues) -> None:
     text = "Name of the chat template, for published folders. By default the model's own."
     flags.DEFINE_string("template", None, text, flag_values=values)
     text = "Of the computation. By default that of the weights as stored."
-    flags.DEFINE_enum("dtype", None, ("float32", "bfloat16"), text, flag_values=values)
+    flags.DEFINE_enum("dtype", None, DTYPES, text, flag_values=values)
     text = "Keep the language model's weights in 8 or 4 bits."
-    flags.DEFINE_enum("quantize", None, ("int8", "nf4"), text, flag_values=values)
+    flags.DEFINE_enum("quantize", None, QUANTIZATIONS, text, flag_values=values)
     flags.DEFINE_boolean("int8_cache", False, "Keep keys and values in 8 bits.", flag_values=values)
     text = "Devices to spread the model over: tensor:8, for instance."
     flags.DEFINE_string("mesh", None, text, flag_values=values)

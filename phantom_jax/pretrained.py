@@ -22,6 +22,7 @@ from phantom_jax.data.text import AnswerText
 from phantom_jax.errors import InputError
 from phantom_jax.generation.engine import Engine
 from phantom_jax.generation.settings import Settings
+from phantom_jax.layouts import MODEL_LAYOUTS, check_name
 from phantom_jax.models.decoder import unstack_layers
 from phantom_jax.models.quantization import check_kind, quantize_kernel
 from phantom_jax.models.vlm import VisionLanguageModel
@@ -246,7 +247,7 @@ def load(
         check_kind(quantize)
     checkpoint, processor = model_folder.read(path, template=template)
     if adapter is not None:
-        change = adapter_folder.read(adapter, checkpoint)
+        change = adapter_folder.read(adapter, checkpoint.description)
         change.check_template(processor)
         checkpoint = merge(checkpoint, change)
     params = checkpoint.params
@@ -302,7 +303,7 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
         raise InputError("the weights lie on devices of several processes: load and save where one process has all")
     checkpoint, processor = handle.checkpoint(), handle.processor
     if format != "ours":
-        model_folder.check_format(format)
+        check_name("format", format, MODEL_LAYOUTS)
         checkpoint, processor = in_layout(checkpoint, processor, format)
     model_folder.write(checkpoint, processor, path, format=format)
 

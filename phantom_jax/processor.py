@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from phantom_jax.data.runs import RunEncoder
 from phantom_jax.data.text import answer_text
 from phantom_jax.data.tokenizer import TOKENIZER, load_tokenizer, pad_token, save_tokenizer, token_bytes
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json, write_json
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -183,7 +183,7 @@ class Processor:
         config["template"] = dataclasses.asdict(self.template)
         config["template_names"] = template_names(self.template)
         config["tokenizer_sha256"] = _tokenizer_hash(directory)
-        (pathlib.Path(directory) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(pathlib.Path(directory) / CONFIG, config)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Processor":
@@ -196,7 +196,7 @@ class Processor:
         if not path.is_file():
             raise InputError(f"There is no {path}. Give a folder that a model was saved to.")
         try:
-            config = json.loads(path.read_text())
+            config = read_json(path)
             config["template"] = Template(**config["template"])
             config["mean"], config["std"] = tuple(config["mean"]), tuple(config["std"])
             # They are there to be read.
@@ -210,7 +210,7 @@ class Processor:
                     f"SHA-256 is {found}, {path} says {saved}. Put the file back that was saved beside it."
                 )
             return cls(tokenizer=tokenizer, **config)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError) as error:
             raise InputError(f"{path} does not describe a processor: {error!r}. Save the model again.") from error
 
 

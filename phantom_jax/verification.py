@@ -13,8 +13,9 @@ from phantom_jax.checkpoints import hf, hf_config, model_folder
 from phantom_jax.checkpoints.arrays import contiguous
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.checkpoints.quantized import blocks, split_fields
-from phantom_jax.checkpoints.tensor_files import INDEX, WEIGHTS, read_json
+from phantom_jax.checkpoints.tensor_files import INDEX, WEIGHTS
 from phantom_jax.errors import Mismatch
+from phantom_jax.json_files import read_json
 from phantom_jax.processor import Processor
 
 _BLOCK_BYTES = 1 << 26

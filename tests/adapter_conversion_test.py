@@ -1,12 +1,14 @@
 """Adapters through the functions of `convert` and `merge`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import phantom_jax
+from phantom_jax.checkpoints import adapter_folder, hf
 from phantom_jax.conversion import convert, merge_adapter
 from phantom_jax.errors import InputError
 from tests.checkpoints import peft_folder
@@ -36,6 +38,39 @@ def test_without_the_model(source, tmp_path):
     with pytest.raises(InputError, match="some/base"):
         convert(str(source[1]), str(tmp_path / "ours"), layout="ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_of_the_model_only_the_config_is_read(source, tmp_path):
+    base, folder, _ = source
+    (tmp_path / "base").mkdir()
+    shutil.copy(base / "config.json", tmp_path / "base")
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"not looked at")
+    convert(str(folder), str(tmp_path / "ours"), layout="ours", base=str(tmp_path / "base"))
+    assert adapter_folder.read(tmp_path / "ours").low_rank
+
+
+def test_our_own_model_is_described_too(source, tmp_path):
+    base, folder, _ = source
+    convert(str(base), str(tmp_path / "base"), layout="ours")
+    shutil.rmtree(tmp_path / "base" / "params")
+    convert(str(folder), str(tmp_path / "ours"), layout="ours", base=str(tmp_path / "base"))
+    adapter = adapter_folder.read(tmp_path / "ours")
+    assert (adapter.config, adapter.published, adapter.tokens) == hf.load(base).description
+
+
+def test_a_base_that_is_no_model(source, tmp_path):
+    for base, message in ((tmp_path / "absent", "there is no model folder"), (tmp_path, "it is no model folder")):
+        with pytest.raises(InputError, match=message):
+            convert(str(source[1]), str(tmp_path / "ours"), layout="ours", base=str(base))
+
+
+def test_merging_looks_at_the_target_first(source, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    with pytest.raises(InputError, match="not an empty folder"):
+        merge_adapter(str(tmp_path / "absent"), str(source[1]), str(tmp_path / "taken"))
+    with pytest.raises(InputError, match="layout 'peft' does not exist"):
+        merge_adapter(str(tmp_path / "absent"), str(source[1]), str(tmp_path / "new"), layout="peft")
 
 
 def test_merging(source, tmp_path):

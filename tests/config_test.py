@@ -9,9 +9,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from phantom_jax import cli, objectives
 from phantom_jax import config as configs
-from phantom_jax.checkpoints import hf_config
+from phantom_jax import objectives
 from phantom_jax.errors import InputError
 from phantom_jax.ops import attention
 
@@ -205,7 +204,6 @@ def test_the_tables_say_what_the_functions_take():
         parameters = inspect.signature(function).parameters
         assert {key: parameter.default for key, parameter in parameters.items()} == configs.OBJECTIVES[name]
     assert configs.ATTENTION_BACKENDS == attention.BACKENDS
-    assert ("ours", *hf_config.FORMATS) == cli.FORMATS
 
 
 @pytest.mark.parametrize("arg", [None, "smoke", "smoke=True", "objective=sft", "objective=sft,smoke=True"])

@@ -14,6 +14,7 @@ from phantom_jax import cli, conversion, pretrained, verification
 from phantom_jax.checkpoints import hf_config, model_folder
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.errors import InputError, Mismatch
+from phantom_jax.layouts import STORED_DTYPES
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.trees import flatten
 from tests.checkpoints import peft_folder
@@ -86,7 +87,7 @@ def test_fewer_bits_on_the_way_in(golden, tmp_path, kind):
         conversion.convert(source, str(tmp_path / "no"), layout="phantom", quantize=kind)
 
 
-@pytest.mark.parametrize("dtype", conversion.DTYPES)
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
 def test_another_dtype_on_the_way_in(golden, tmp_path, dtype):
     source = tmp_path / "source"
     shutil.copytree(golden / "llava-hf", source)
@@ -120,7 +121,7 @@ def test_results_go_into_the_model_card(golden, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     conversion.convert(str(golden / "phantom-0.5b"), str(tmp_path / "new"), layout="phantom", evaluation=str(tmp_path))
     assert "| exact match, numbers test, 4 questions | 0.75 |" in (tmp_path / "new" / "README.md").read_text()
-    with pytest.raises(InputError, match="has results of phantom-0.5b, other, and the source is called 'llava-hf'"):
+    with pytest.raises(InputError, match="has results of phantom-0.5b, other, none of 'llava-hf': give one as NAME="):
         conversion.convert(str(golden / "llava-hf"), str(tmp_path / "x"), layout="ours", evaluation=str(tmp_path))
 
 

@@ -188,9 +188,14 @@ def test_folders_without_a_processor_are_refused(processor, tmp_path):
     processor.save(tmp_path)
     path = tmp_path / "phantom_jax_processor.json"
     config = json.loads(path.read_text())
-    for broken in ("{", json.dumps({**config, "size": 3}), json.dumps({"template": {}}), "[]"):
+    for broken, message in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds list, not a JSON object"),
+        (json.dumps({**config, "size": 3}), "does not describe a processor"),
+        (json.dumps({"template": {}}), "does not describe a processor"),
+    ):
         path.write_text(broken)
-        with pytest.raises(InputError, match="does not describe a processor"):
+        with pytest.raises(InputError, match=message):
             Processor.load(tmp_path)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from phantom_jax.checkpoints import hf, hf_config
 from phantom_jax.checkpoints.arrays import Box, StoredArray, cast
-from phantom_jax.data.conversation import template_names
+from phantom_jax.data.conversation import describe_template, template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.ops.quantize import QuantizedTensor
@@ -89,10 +89,10 @@ class Adapter:
         """Raises an `InputError` where a model's processor has another template than the adapter was trained with."""
         if processor is None or self.template is None or self.template in template_names(processor.template):
             return
-        own = " or ".join(template_names(processor.template)) or "one of its own"
         raise InputError(
-            f"the adapter was trained with the template {self.template}, the model has {own}: store the adapter's with "
-            f"the model first, convert --template={self.template}"
+            f"the adapter was trained with the template {self.template}, the model has "
+            f"{describe_template(processor.template)}: store the adapter's with the model first, "
+            f"convert --template={self.template}"
         )
 
     def check(self, where: str) -> None:

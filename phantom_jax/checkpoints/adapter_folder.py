@@ -3,21 +3,21 @@
 Our own holds the factors as training has them, layers stacked.
 """
 
-import json
 import os
 import pathlib
 
 from phantom_jax.checkpoints import hf, hf_config, native, orbax_stream, peft_config, peft_reader, peft_writer, pickled
 from phantom_jax.checkpoints.adapter import Adapter, LowRank
-from phantom_jax.checkpoints.tensor_files import TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_files import TensorFiles
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json, write_json
+from phantom_jax.layouts import ADAPTER_LAYOUTS, check_name
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.trees import unflatten
 
 Model = tuple[VisionLanguageConfig, hf_config.Published, hf_config.TokenIds]
 
 CONFIG = "phantom_jax_adapter.json"
-FORMATS = ("ours", "peft")
 
 _ARRAYS = "params"
 _SCHEMA = 1
@@ -33,7 +33,7 @@ def is_adapter(directory: str | os.PathLike[str]) -> bool:
 
 def read(
     directory: str | os.PathLike[str],
-    base: hf.Checkpoint | None = None,
+    model: Model | None = None,
     *,
     scratch: str | os.PathLike[str] | None = None,
 ) -> Adapter:
@@ -42,7 +42,7 @@ def read(
     Args:
       directory: the folder, ours, PEFT's or LLaVA's; an intermediate `checkpoint-N` of LLaVA's code holds the factors
         alone, and is one of PEFT's.
-      base: the model that it adapts, of which only the description is read; None takes the one that ours and LLaVA's
+      model: what it adapts, `Checkpoint.description` or `model_folder.describe`; None takes what ours and LLaVA's
         folders carry.
       scratch: an existing folder for what pickled tensors (`.bin`) are turned into, to be kept as long as the adapter
         is in use; None refuses them.
@@ -51,7 +51,6 @@ def read(
       InputError: there is no adapter, it is damaged or not supported, or it is for another model.
     """
     directory = pathlib.Path(directory)
-    model = None if base is None else (base.config, base.published, base.tokens)
     if (directory / CONFIG).is_file():
         return _read_ours(directory, model)
     if not (directory / peft_config.CONFIG).is_file():
@@ -89,14 +88,13 @@ def write(adapter: Adapter, directory: str | os.PathLike[str], *, format: str) -
     Args:
       adapter: what to write.
       directory: the folder.
-      format: one of `FORMATS`.
+      format: one of `layouts.ADAPTER_LAYOUTS`.
 
     Raises:
       InputError: there is no such format, or it cannot express the adapter.
     """
     directory = pathlib.Path(directory)
-    if format not in FORMATS:
-        raise InputError(f"format {format!r} does not exist for adapters: use one of {', '.join(FORMATS)}")
+    check_name("adapter format", format, ADAPTER_LAYOUTS)
     if format == "peft":
         peft_writer.write(adapter, directory)
         return
@@ -106,7 +104,7 @@ def write(adapter: Adapter, directory: str | os.PathLike[str], *, format: str) -
         "low_rank": {path: {"ranks": each.ranks, "alphas": each.alphas} for path, each in adapter.low_rank.items()},
         **{name: getattr(adapter, name) for name in _PLAIN},
     }
-    (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, content)
     flat = {f"others/{path}": array for path, array in adapter.others.items()}
     for path, change in adapter.low_rank.items():
         flat |= {f"low_rank/{path}/a": change.a, f"low_rank/{path}/b": change.b}

@@ -68,7 +68,7 @@ def parse(name: str) -> Key:
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class LinearMap:
     """A linear map of a model, or one of every layer.
 
     Attributes:
@@ -93,8 +93,7 @@ class Linear:
     @property
     def b(self) -> names.Transform:
         """Between PEFT's B [out, r] and ours [r, *out], one for each kernel."""
-        packed = isinstance(self.row.transform, names.GroupedQKV | names.Stacked)
-        return self.row.transform if packed else names.Linear()
+        return self.row.transform if isinstance(self.row.transform, names.GroupedQKV) else names.Linear()
 
 
 def _inputs(row: names.Row) -> int | None:
@@ -103,7 +102,7 @@ def _inputs(row: names.Row) -> int | None:
         return None
     if isinstance(transform, names.GroupedQKV):
         return 1
-    if isinstance(transform, names.Linear | names.Stacked):
+    if isinstance(transform, names.Linear):
         return transform.inputs or None
     # Phantom's gates, from a head to one number.
     gate = isinstance(transform, names.Reshape) and len(transform.published) == 2 and transform.published[0] == 1
@@ -128,13 +127,13 @@ def rows(config: VisionLanguageConfig, language_model: str, naming: str) -> list
     return table
 
 
-def linears(table: Iterable[names.Row]) -> list[Linear]:
+def linears(table: Iterable[names.Row]) -> list[LinearMap]:
     """The rows that are linear maps."""
     found = []
     for row in table:
         inputs = _inputs(row)
         if inputs:
-            found.append(Linear(row.name.removesuffix(".weight"), row, inputs))
+            found.append(LinearMap(row.name.removesuffix(".weight"), row, inputs))
     return found
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from phantom_jax.checkpoints import names
 from phantom_jax.checkpoints.adapter import Adapter, LowRank, in_layers
-from phantom_jax.checkpoints.adapter_names import Linear
+from phantom_jax.checkpoints.adapter_names import LinearMap
 from phantom_jax.checkpoints.hf import BLOCK
 from phantom_jax.checkpoints.peft_config import Module
 from phantom_jax.checkpoints.tensor_writer import Tensor
@@ -15,7 +15,7 @@ from phantom_jax.errors import InputError
 
 
 def pack(
-    adapter: Adapter, linear: Linear, layer: int, shapes: Mapping[str, tuple[int, ...]]
+    adapter: Adapter, linear: LinearMap, layer: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Module, list[Tensor]]:
     """The adapter of a linear map of one layer; without tensors where it has none.
 

@@ -22,10 +22,8 @@ from phantom_jax.checkpoints.hf_processor import make_processor, read_image_sett
 from phantom_jax.checkpoints.hf_tokenizer import read_tokenizer
 from phantom_jax.checkpoints.parents import (
     LanguageParent,
-    OpenTensors,
     ProjectorParent,
     VisionParent,
-    open_tensors,
     read_language_model,
     read_projector,
     read_vision_tower,
@@ -33,6 +31,7 @@ from phantom_jax.checkpoints.parents import (
 from phantom_jax.checkpoints.special_tokens import PHANTOM, UNKNOWN, phantom_tokenizer
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.vocabulary import resize_rows
+from phantom_jax.checkpoints.weights import OpenTensors, open_tensors
 from phantom_jax.data.conversation import Template, get_template
 from phantom_jax.errors import InputError
 from phantom_jax.models.phantom import PhantomConfig

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -16,10 +15,11 @@ from flax.linen import meta
 
 from phantom_jax.checkpoints import hf_config, names
 from phantom_jax.checkpoints.arrays import Box, StoredArray, cast, layer_of, stack
-from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, listed, read_json
+from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, listed
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_folder
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json, write_json
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
 from phantom_jax.ops.quantize import QuantizedTensor
@@ -65,6 +65,11 @@ class Checkpoint:
     tokens: hf_config.TokenIds
     origin: Origin = Origin()
     entries: tuple[Entry, ...] = ()
+
+    @property
+    def description(self) -> tuple[VisionLanguageConfig, hf_config.Published, hf_config.TokenIds]:
+        """What an adapter has to know of it."""
+        return self.config, self.published, self.tokens
 
     def flat(self) -> dict[str, Any]:
         """All arrays by path, `params/...` and `unused/...`."""
@@ -322,9 +327,9 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, shard_byt
     tensors = list(published_tensors(checkpoint))
     largest = max(tensors, key=lambda tensor: tensor.nbytes)
     config, beside = hf_config.write(checkpoint.config, checkpoint.published, checkpoint.tokens, str(largest.dtype))
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config)
     if beside is not None:
-        (directory / "vision_config.json").write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "vision_config.json", beside)
     write_folder(directory, tensors, shard_bytes)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phantom_jax.errors import InputError
+from phantom_jax.layouts import PUBLISHED_LAYOUTS, check_name
 from phantom_jax.models import zoo
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig
@@ -19,7 +20,6 @@ from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.ops.rope import RopeConfig
 from phantom_jax.sizes import MOST_LAYERS, MOST_PIXELS, check_positive, check_size
 
-FORMATS = ("phantom", "llava-hf", "llava-original")
 LANGUAGE_MODELS = ("qwen2", "internlm2", "phi3", "llama")
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "internlm2": "InternLM2ForCausalLM", "phi3": "Phi3ForCausalLM"}
 
@@ -29,7 +29,7 @@ class Published:
     """How a model looks outside: which of the layouts, and what its files said that we do not interpret.
 
     Attributes:
-      format: one of `FORMATS`.
+      format: one of `layouts.PUBLISHED_LAYOUTS`.
       language_model: `qwen2`, `internlm2`, `phi3` or `llama`.
       config: the `config.json` it came from; empty for a model that was made here.
       vision_config: the tower's own file beside it (original LLaVA).
@@ -50,7 +50,7 @@ def publish(config: VisionLanguageConfig, layout: str | None = None) -> Publishe
 
     Args:
       config: the model.
-      layout: one of `FORMATS`; by default the one that fits its projector.
+      layout: one of `layouts.PUBLISHED_LAYOUTS`; by default the one that fits its projector.
     """
     if layout is None:
         fitting = {"pixel_shuffle": "phantom", "linear": "llava-original", "mlp2x_gelu": "llava-hf"}
@@ -272,7 +272,7 @@ def architectures(config: Mapping[str, Any]) -> list[Any]:
 
 
 def detect_format(config: Mapping[str, Any]) -> str:
-    """Which of `FORMATS` a `config.json` describes, told by its content: both LLaVAs say `model_type: llava`."""
+    """Which published layout a `config.json` describes, told by its content: both LLaVAs say `model_type: llava`."""
     kind = config.get("model_type")
     if kind == "phantom":
         return "phantom"
@@ -469,8 +469,7 @@ def write(
 def check_expressible(config: VisionLanguageConfig, published: Published) -> None:
     """Raises an `InputError` where a layout cannot express a model."""
     decoder, layout = config.language_model, published.format
-    if layout not in FORMATS:
-        raise InputError(f"format {layout!r} does not exist: use one of {', '.join(FORMATS)}")
+    check_name("format", layout, PUBLISHED_LAYOUTS)
     expected = ("pixel_shuffle",) if layout == "phantom" else ("linear", "mlp2x_gelu")
     if config.projector.kind not in expected:
         raise InputError(f"{layout} holds a {' or '.join(expected)} projector, the model has {config.projector.kind!r}")

@@ -9,12 +9,12 @@ from typing import Any
 import tokenizers
 from absl import logging
 
-from phantom_jax.checkpoints.hf import read_json
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
 from phantom_jax.checkpoints.hf_tokenizer import read_tokenizer
 from phantom_jax.checkpoints.special_tokens import UNKNOWN
-from phantom_jax.data.conversation import Template, get_template, template_names
+from phantom_jax.data.conversation import Template, describe_template, get_template, template_names
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import CLIP_MEAN, CLIP_STD, CONFIG, Processor
 
@@ -52,10 +52,9 @@ def load_processor(
     if (directory / CONFIG).is_file():
         processor = Processor.load(directory)
         if template is not None and template not in template_names(processor.template):
-            own = " or ".join(template_names(processor.template)) or "one of its own"
             raise InputError(
-                f"{directory} was saved with the template {own}, and {template} is asked for: leave template out, or "
-                f"store another one with convert --template={template}"
+                f"{directory} was saved with the template {describe_template(processor.template)}, and {template} is "
+                f"asked for: leave template out, or store another one with convert --template={template}"
             )
         return processor
     tokenizer = read_tokenizer(directory)

@@ -8,10 +8,10 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from phantom_jax.checkpoints.hf import read_json
 from phantom_jax.data import sentencepiece_model
 from phantom_jax.data.tokenizer import load_tokenizer
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 
 _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"

@@ -3,11 +3,7 @@
 import os
 import shlex
 
-from phantom_jax.checkpoints.hf_config import FORMATS
-from phantom_jax.errors import InputError
-
-MODEL_LAYOUTS = ("ours", *FORMATS)
-LAYOUTS = (*MODEL_LAYOUTS, "peft")
+from phantom_jax.layouts import MODEL_LAYOUTS, check_name
 
 _BASE = "BASE"
 _LLAVA = "LlavaForConditionalGeneration"
@@ -17,13 +13,13 @@ def load_lines(layout: str, path: str | os.PathLike[str]) -> list[str]:
     """Lines of Python after which `model` is the model, and `processor` its processor where that is separate.
 
     Args:
-      layout: one of `MODEL_LAYOUTS`.
+      layout: one of `layouts.MODEL_LAYOUTS`.
       path: the model's folder, or its name on the Hub.
 
     Raises:
       InputError: there is no such layout.
     """
-    _check(layout)
+    check_name("layout", layout, MODEL_LAYOUTS)
     path = repr(os.fspath(path))
     if layout == "llava-hf":
         return [
@@ -45,14 +41,14 @@ def adapter_lines(base_layout: str, path: str | os.PathLike[str], *, base: str |
     """Lines of Python after which `model` is a model with an adapter; over a `llava-hf`, also those for PEFT.
 
     Args:
-      base_layout: that of the model, one of `MODEL_LAYOUTS`.
+      base_layout: that of the model, one of `layouts.MODEL_LAYOUTS`.
       path: the adapter's folder.
       base: the model; None leaves the word BASE to fill in.
 
     Raises:
       InputError: there is no such layout.
     """
-    _check(base_layout)
+    check_name("layout", base_layout, MODEL_LAYOUTS)
     path, base = repr(os.fspath(path)), repr(base or _BASE)
     lines = ["import phantom_jax", f"model = phantom_jax.load({base}, adapter={path})"]
     if base_layout == "llava-hf":
@@ -71,10 +67,5 @@ def serve_line(layout: str, path: str | os.PathLike[str]) -> str | None:
     Raises:
       InputError: there is no such layout.
     """
-    _check(layout)
+    check_name("layout", layout, MODEL_LAYOUTS)
     return f"vllm serve {shlex.quote(os.fspath(path))}" if layout == "llava-hf" else None
-
-
-def _check(layout: str) -> None:
-    if layout not in MODEL_LAYOUTS:
-        raise InputError(f"layout {layout!r} does not exist: use one of {', '.join(MODEL_LAYOUTS)}")

@@ -1,6 +1,5 @@
 """README.md of an exported folder: front matter that the Hugging Face Hub reads, then what a reader needs to know."""
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from phantom_jax.checkpoints.hf import shapes
 from phantom_jax.checkpoints.hf_config import Published
 from phantom_jax.checkpoints.load_lines import adapter_lines, load_lines, serve_line
-from phantom_jax.data.conversation import TEMPLATES, Template
+from phantom_jax.data.conversation import Template, describe_template
 from phantom_jax.models.vlm import VisionLanguageConfig
 
 _LIBRARIES = {"llava-hf": "transformers", "peft": "peft"}
@@ -44,7 +43,7 @@ def model_card(
     Args:
       config: the model.
       published: names the family of its language model.
-      layout: of the folder, one of `load_lines.LAYOUTS`.
+      layout: of the folder, one of `layouts.LAYOUTS`.
       name: of the folder, or of the model on the Hub; the lines that load it say this.
       dtype: of the weights as stored.
       template: of the conversation; None is written as not recorded.
@@ -153,7 +152,7 @@ def _summary(config, published, layout, dtype, template, rank) -> dict[str, str]
         f"{vision.embed_dim}, patches of {vision.patch_size} pixels",
         "projector": config.projector.kind,
         "image tokens": f"{config.tokens_per_tile} for each {vision.image_size} x {vision.image_size} pixels",
-        "template": _template_name(template, published.language_model),
+        "template": _NOT_RECORDED if template is None else describe_template(template),
     }
     if layout == "peft":
         size = "" if rank is None else f" of rank {rank}"
@@ -163,14 +162,6 @@ def _summary(config, published, layout, dtype, template, rank) -> dict[str, str]
         parts = ["queries, keys"] * phantom.query_key + ["values"] * phantom.value
         out["phantom dimension"] = f"of {', '.join(parts)}; eta {phantom.eta:g}, {phantom.gate} gate"
     return out
-
-
-def _template_name(template: Template | None, language_model: str) -> str:
-    if template is None:
-        return _NOT_RECORDED
-    known = {name: dataclasses.replace(one, image_token=template.image_token) for name, one in TEMPLATES.items()}
-    same = [name for name, one in known.items() if one == template]
-    return language_model if language_model in same else next(iter(same), "one of its own")
 
 
 def _prompt(template: Template) -> str:

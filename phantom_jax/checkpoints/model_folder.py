@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -13,16 +12,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
-from phantom_jax.checkpoints import hf, native, pickled, tensor_report
+from phantom_jax.checkpoints import hf, native, tensor_report
 from phantom_jax.checkpoints.generation_config import generation_config
 from phantom_jax.checkpoints.hf import Checkpoint
-from phantom_jax.checkpoints.hf_config import FORMATS
+from phantom_jax.checkpoints.hf_config import Published, TokenIds
 from phantom_jax.checkpoints.hf_processor import load_processor
 from phantom_jax.checkpoints.model_card import model_card
 from phantom_jax.checkpoints.parents import read_vision_tower
 from phantom_jax.checkpoints.published_processor import save_published
-from phantom_jax.checkpoints.tensor_files import INDEX, WEIGHTS, TensorFiles, read_json
+from phantom_jax.checkpoints.weights import open_tensors
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json, write_json
+from phantom_jax.layouts import MODEL_LAYOUTS, check_name
+from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import Processor
 
 REPORT = "conversion_report.tsv"
@@ -51,53 +53,45 @@ def read(
       InputError: there is no model in the folder, it is not complete, or it is not supported.
     """
     directory = pathlib.Path(path)
-    if not directory.is_dir():
-        raise InputError(f"there is no model folder {str(path)!r}: give one with {native.CONFIG} or config.json")
-    if (directory / native.CONFIG).is_file():
+    if _holds_ours(directory):
         if vision is not None:
             raise InputError(f"{directory} is a model of ours and holds its vision tower: leave --vision out")
-        if vision is not None:
-            raise InputError(f"{directory} holds its vision tower: leave --vision out")
         checkpoint = native.load(directory)
-    elif (directory / "config.json").is_file():
-        if "phases" in read_json(directory / "config.json"):
-            raise InputError(
-                f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, "
-                f"which appears when all phases are done, or one of {directory / 'models'}"
-            )
+    else:
         opened = functools.partial(open_tensors, scratch=scratch)
         tower = None if vision is None else read_vision_tower(vision, open_files=opened)
         parts = None if tower is None else (tower.config, tower.arrays)
         checkpoint = hf.load(directory, open_files=opened, tower=parts)
         if tower is not None:
             checkpoint = dataclasses.replace(checkpoint, entries=(*checkpoint.entries, *tower.entries))
-    else:
-        raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
     processor = load_processor(directory, checkpoint.config, checkpoint.published, checkpoint.tokens, template=template)
     return checkpoint, processor
 
 
-def open_tensors(path: pathlib.Path, scratch: pathlib.Path | None) -> TensorFiles:
-    """Opens the weights of a folder, or one file of them; pickled ones go to `scratch` as safetensors first.
+def describe(path: str | os.PathLike[str]) -> tuple[VisionLanguageConfig, Published, TokenIds]:
+    """What a model folder of any layout says of its model; its weights are not opened.
 
     Raises:
-      InputError: there are none, they are damaged, or they are pickled and there is no scratch folder.
+      InputError: there is no model in the folder, or it is not supported.
     """
-    if path.is_dir():
-        pickles = pickled.weight_files(path)
-        if (path / WEIGHTS).is_file() or (path / INDEX).is_file() or not pickles:
-            return TensorFiles.of_folder(path)
-    elif path.suffix == ".safetensors":
-        return TensorFiles([path])
-    elif path.suffix in (".bin", ".pt", ".pth"):
-        pickles = [path]
-    else:
-        raise InputError(f"{path} is no folder, no .safetensors file and no .bin file")
-    if scratch is None:
-        raise InputError(f"{path}: {pickled.NOT_ALLOWED}")
-    place = scratch / str(len(list(scratch.iterdir())))
-    place.mkdir()
-    return TensorFiles(pickled.to_safetensors(pickles, place))
+    directory = pathlib.Path(path)
+    return native.read_description(directory) if _holds_ours(directory) else hf.read_config(directory)
+
+
+def _holds_ours(directory: pathlib.Path) -> bool:
+    """Whether a model folder is in our own layout, not in a published one."""
+    if not directory.is_dir():
+        raise InputError(f"there is no model folder {str(directory)!r}: give one with {native.CONFIG} or config.json")
+    if is_ours(directory):
+        return True
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
+    if "phases" in read_json(directory / "config.json"):
+        raise InputError(
+            f"{directory} is the workdir of a training run, it is no model folder: take {directory / 'model'}, "
+            f"which appears when all phases are done, or one of {directory / 'models'}"
+        )
+    return False
 
 
 def write(
@@ -116,7 +110,7 @@ def write(
       checkpoint: the model; its published layout is that of `format`, or `format` is `ours`.
       processor: written beside it, where there is one.
       path: a new or empty folder.
-      format: `ours`, `phantom`, `llava-hf` or `llava-original`.
+      format: one of `layouts.MODEL_LAYOUTS`.
       metrics: for the model card.
       report: whether `REPORT` is written too: what became of every tensor.
       check: looks at the folder before it gets its name; what it raises leaves nothing behind.
@@ -125,7 +119,7 @@ def write(
       InputError: the folder holds something, the format cannot express the model, or the disk is full.
     """
     check_new(path)
-    check_format(format)
+    check_name("format", format, MODEL_LAYOUTS)
     with appearing(path, needed=checkpoint.nbytes) as scratch:
         if format == "ours":
             native.save(checkpoint, scratch)
@@ -133,7 +127,7 @@ def write(
             hf.save(checkpoint, scratch)
             source = checkpoint.published.generation_config
             settings = generation_config(checkpoint.tokens, source=source)
-            (scratch / _GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_json(scratch / _GENERATION, settings)
             card = model_card(
                 checkpoint.config,
                 checkpoint.published,
@@ -159,12 +153,6 @@ def write(
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a model in our own layout."""
     return (pathlib.Path(path) / native.CONFIG).is_file()
-
-
-def check_format(format: str) -> None:
-    """Raises an `InputError` where no model folder has this format."""
-    if format != "ours" and format not in FORMATS:
-        raise InputError(f"format {format!r} does not exist: use ours, {', '.join(FORMATS)}")
 
 
 def check_new(path: str | os.PathLike[str]) -> None:

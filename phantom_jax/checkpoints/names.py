@@ -37,16 +37,6 @@ class Reshape(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(Transform):
-    """PyTorch's [out, in] and our [*in, *out]; `inputs` counts our input axes."""
-
-    inputs: int = 1
-
-    def layout(self, shapes):
-        return Stacked(inputs=self.inputs).layout(shapes)
-
-
-@dataclasses.dataclass(frozen=True)
 class Convolution(Transform):
     """PyTorch's patch kernel [D, 3, p, p] and our [p, p, 3, D]."""
 
@@ -58,8 +48,8 @@ class Convolution(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stacked(Transform):
-    """Several linear maps (or biases) one below the other along the output axis: `qkv`, `qkv_proj`, `gate_up_proj`.
+class Linear(Transform):
+    """PyTorch's [out, in] and our [*in, *out], of one map or of several one below the other: `qkv`, `gate_up_proj`.
 
     `inputs` counts the input axes of our arrays, 0 for biases.
     """
@@ -84,9 +74,9 @@ class GroupedQKV(Transform):
     def layout(self, shapes):
         (width, heads, head_dim), (_, kv_heads, _), _ = shapes
         groups = heads // kv_heads
-        row, head = width, head_dim * width
+        head = head_dim * width
         kv_head = (groups + 2) * head
-        axis_in, axis_dim = ((width, 1),), ((head_dim, row),)
+        axis_in, axis_dim = ((width, 1),), ((head_dim, width),)
         query = View(0, (axis_in, ((kv_heads, kv_head), (groups, head)), axis_dim))
         key, value = (View((groups + n) * head, (axis_in, ((kv_heads, kv_head),), axis_dim)) for n in (0, 1))
         return Layout((kv_heads * (groups + 2) * head_dim, width), (query, key, value))
@@ -152,8 +142,8 @@ def _decoder_layers(config: DecoderConfig, layout: str, prefix: str) -> list[Row
         table.add("ffn_norm.weight", "norm_2/scale")
     else:
         if layout == "phi3":
-            table.add("self_attn.qkv_proj.weight", *qkv, transform=Stacked())
-            table.add("mlp.gate_up_proj.weight", "gate/kernel", "up/kernel", transform=Stacked())
+            table.add("self_attn.qkv_proj.weight", *qkv, transform=Linear())
+            table.add("mlp.gate_up_proj.weight", "gate/kernel", "up/kernel", transform=Linear())
         else:
             for name, count in heads.items():
                 letter = name[0]
@@ -208,9 +198,9 @@ def internvit_rows(config: VisionTowerConfig, prefix: str) -> list[Row]:
     table.add("patch_embedding.bias", "patch_bias")
     layers = _Table(prefix + "encoder.layers.{layer}.", "params/vision_tower/layers", config.num_layers)
     qkv = ("query", "key", "value")
-    layers.add("attn.qkv.weight", *(f"{name}/kernel" for name in qkv), transform=Stacked())
+    layers.add("attn.qkv.weight", *(f"{name}/kernel" for name in qkv), transform=Linear())
     if config.qkv_bias:
-        layers.add("attn.qkv.bias", *(f"{name}/bias" for name in qkv), transform=Stacked(inputs=0))
+        layers.add("attn.qkv.bias", *(f"{name}/bias" for name in qkv), transform=Linear(inputs=0))
     if config.qk_norm:
         layers.add("attn.q_norm.weight", "query_norm/scale", transform=Reshape((width,)))
         layers.add("attn.k_norm.weight", "key_norm/scale", transform=Reshape((width,)))

@@ -1,7 +1,6 @@
 """Our own model folder: `phantom_jax.json` (what the model is) and `params/` (Orbax, readable part by part)."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -9,17 +8,18 @@ from typing import Any
 
 from phantom_jax.checkpoints import orbax_stream
 from phantom_jax.checkpoints.hf import Checkpoint, Origin, shapes
-from phantom_jax.checkpoints.hf_config import FORMATS, LANGUAGE_MODELS, Published, TokenIds
+from phantom_jax.checkpoints.hf_config import LANGUAGE_MODELS, Published, TokenIds
 from phantom_jax.checkpoints.quantized import join_fields, split_fields
-from phantom_jax.checkpoints.tensor_files import listed, read_json
+from phantom_jax.checkpoints.tensor_files import listed
 from phantom_jax.checkpoints.tensor_report import Entry
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json, write_json
+from phantom_jax.layouts import PUBLISHED_LAYOUTS, QUANTIZATIONS
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
-from phantom_jax.ops.quantize import KINDS
 from phantom_jax.ops.rope import RopeConfig
 from phantom_jax.trees import flatten, unflatten
 
@@ -64,7 +64,7 @@ def described(content: Mapping[str, Any], where: pathlib.Path) -> tuple[VisionLa
 
 
 def _check_published(published: Published) -> None:
-    for name, known in (("format", FORMATS), ("language_model", LANGUAGE_MODELS)):
+    for name, known in (("format", PUBLISHED_LAYOUTS), ("language_model", LANGUAGE_MODELS)):
         if getattr(published, name) not in known:
             raise ValueError(f"published.{name}={getattr(published, name)!r} is none of {', '.join(known)}")
     for name in ("config", "vision_config", "generation_config"):
@@ -86,7 +86,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
         "origin": dataclasses.asdict(checkpoint.origin),
         "quantization": quantization,
     }
-    (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, content)
     orbax_stream.save(directory / _ARRAYS, unflatten(flat))
 
 
@@ -97,15 +97,7 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
       InputError: the folder is not complete, or arrays are missing, extra or misshapen: all of them are listed.
     """
     directory = pathlib.Path(directory).absolute()
-    content = read_json(directory / CONFIG)
-    if content.get("schema_version") not in range(1, _SCHEMA + 1):
-        raise InputError(
-            f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
-            f"{_SCHEMA}: use the version of phantom_jax that wrote it"
-        )
-    unknown = sorted(set(content) - {"schema_version", "model", "published", "tokens", "origin", "quantization"})
-    if unknown:
-        raise InputError(f"{directory / CONFIG} has unknown fields {', '.join(map(repr, unknown))}: remove them")
+    content = _content(directory)
     config, published, tokens = described(content, directory / CONFIG)
     if not (directory / _ARRAYS).is_dir():
         raise InputError(f"{directory} has no {_ARRAYS}/ beside {CONFIG}: the folder is not complete, save it again")
@@ -119,6 +111,28 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(config, trees["params"], trees.get("unused", {}), published, tokens, origin, entries)
 
 
+def read_description(directory: pathlib.Path) -> tuple[VisionLanguageConfig, Published, TokenIds]:
+    """What the model of a folder is; its arrays are not opened.
+
+    Raises:
+      InputError: names the file and what is wrong with it.
+    """
+    return described(_content(directory), directory / CONFIG)
+
+
+def _content(directory: pathlib.Path) -> dict[str, Any]:
+    content = read_json(directory / CONFIG)
+    if content.get("schema_version") not in range(1, _SCHEMA + 1):
+        raise InputError(
+            f"{directory / CONFIG} has schema_version={content.get('schema_version')!r}, this version reads up to "
+            f"{_SCHEMA}: use the version of phantom_jax that wrote it"
+        )
+    unknown = sorted(set(content) - {"schema_version", "model", "published", "tokens", "origin", "quantization"})
+    if unknown:
+        raise InputError(f"{directory / CONFIG} has unknown fields {', '.join(map(repr, unknown))}: remove them")
+    return content
+
+
 def _extras(content: Mapping[str, Any], where: pathlib.Path) -> tuple[Origin, str | None]:
     origin, quantization = content.get("origin", {}), content.get("quantization")
     names = [field.name for field in dataclasses.fields(Origin)]
@@ -127,8 +141,10 @@ def _extras(content: Mapping[str, Any], where: pathlib.Path) -> tuple[Origin, st
         for key, value in origin.items()
     ):
         raise InputError(f"{where} has origin={origin!r:.100}: it must list names under {' and '.join(names)}")
-    if quantization not in (None, *KINDS):
-        raise InputError(f"{where} has quantization={quantization!r:.100}: it must be null, {' or '.join(KINDS)}")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise InputError(
+            f"{where} has quantization={quantization!r:.100}: it must be null, {' or '.join(QUANTIZATIONS)}"
+        )
     return Origin(**{key: tuple(value) for key, value in origin.items()}), quantization
 
 

@@ -14,16 +14,15 @@ from typing import Any
 from absl import logging
 
 from phantom_jax.checkpoints import hf, hf_config, names
-from phantom_jax.checkpoints.tensor_files import TensorFiles, read_json
+from phantom_jax.checkpoints.tensor_files import TensorFiles
 from phantom_jax.checkpoints.tensor_report import Entry
+from phantom_jax.checkpoints.weights import OpenTensors, open_tensors
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
-
-OpenTensors = Callable[[pathlib.Path], TensorFiles]
-"""Opens the weights of a folder, or one file of them."""
 
 _LANGUAGE_MODELS = {
     "Qwen2ForCausalLM": "qwen2",
@@ -92,19 +91,6 @@ class LanguageParent:
     eos: tuple[int, ...]
     pad: int
     sees_images: bool
-
-
-def open_tensors(path: pathlib.Path) -> TensorFiles:
-    """Opens the safetensors of a folder, or one such file.
-
-    Raises:
-      InputError: there are none, or they are damaged.
-    """
-    if path.is_dir():
-        return TensorFiles.of_folder(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path} is no folder and no .safetensors file")
-    return TensorFiles([path])
 
 
 def read_language_model(folder: str | os.PathLike[str], *, open_files: OpenTensors = open_tensors) -> LanguageParent:

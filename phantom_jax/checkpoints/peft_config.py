@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phantom_jax.errors import InputError
@@ -48,6 +50,50 @@ _NEUTRAL = (
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
+_LONGEST_PATTERN = 4096
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and 0 < value <= sys.float_info.max
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _one_or_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: fits(value) or _list_of(fits)(value)
+
+
+def _numbers_by_pattern(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_positive, value.values()))
+
+
+_KINDS = {
+    "rank_pattern": _numbers_by_pattern,
+    "alpha_pattern": _numbers_by_pattern,
+    "target_modules": _one_or_list_of(_text),
+    "exclude_modules": _one_or_list_of(_text),
+    "modules_to_save": _list_of(_text),
+    "layers_to_transform": _one_or_list_of(_integer),
+    "layers_pattern": _one_or_list_of(_text),
+    "lora_dropout": lambda value: _number(value) and 0 <= value <= 1,
+    "base_model_name_or_path": _text,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A linear map that has, or might have, an adapter.
@@ -72,23 +118,18 @@ def check(settings: Mapping[str, Any], where: str) -> None:
     if settings.get("peft_type") != "LORA":
         raise InputError(f"{where} has peft_type={settings.get('peft_type')!r}: only LORA is supported")
     for key in ("r", "lora_alpha"):
-        value = settings.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise InputError(f"{where} has {key}={value!r}: it must be a number above 0")
-    kinds = {
-        "rank_pattern": dict,
-        "alpha_pattern": dict,
-        "target_modules": str | list,
-        "exclude_modules": str | list,
-        "modules_to_save": list,
-        "layers_to_transform": int | list,
-        "layers_pattern": str | list,
-        "lora_dropout": int | float,
-        "base_model_name_or_path": str,
-    }
-    for key, kind in kinds.items():
-        if settings.get(key) is not None and not isinstance(settings[key], kind):
-            raise InputError(f"{where} has {key}={settings[key]!r}, which PEFT would not take either")
+        if not _positive(settings.get(key)):
+            raise InputError(f"{where} has {key}={settings.get(key)!r:.100}: it must be a number above 0")
+    for key, fits in _KINDS.items():
+        if settings.get(key) is not None and not fits(settings[key]):
+            raise InputError(f"{where} has {key}={settings[key]!r:.100}, which PEFT would not take either")
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"):
+        for pattern in _texts(settings.get(key)):
+            _compiled(pattern)
+    for key in ("target_modules", "exclude_modules"):
+        # In a list they are parts of names.
+        if isinstance(settings.get(key), str):
+            _compiled(settings[key])
     if settings.get("init_lora_weights") not in _BEGINNINGS:
         raise InputError(
             f"{where} has init_lora_weights={settings['init_lora_weights']!r}, which changes the base too: save it "
@@ -104,7 +145,7 @@ def rank_and_alpha(settings: Mapping[str, Any], module: str) -> tuple[int, float
     found = []
     for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         patterns = settings.get(pattern) or {}
-        key = next((key for key in patterns if _matches(rf"(.*\.)?({key})", module)), None)
+        key = next((key for key in patterns if _compiled(key, r"(.*\.)?({})").fullmatch(module)), None)
         found.append(settings[default] if key is None else patterns[key])
     return found[0], found[1]
 
@@ -114,7 +155,7 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if excluded and _named(excluded, module):
         return False
-    if any(_matches(rf"(.*\.)?{whole}(\..*)?", module) for whole in settings.get("modules_to_save") or ()):
+    if any(_compiled(whole, r"(.*\.)?{}(\..*)?").fullmatch(module) for whole in settings.get("modules_to_save") or ()):
         return False
     if targets == "all-linear":
         return module.rpartition(".")[2] not in ("lm_head", "output")
@@ -124,24 +165,42 @@ def targeted(settings: Mapping[str, Any], module: str) -> bool:
     if isinstance(targets, str) or module in targets or layers in (None, []):
         return True
     patterns = settings.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        number = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module)
+    for pattern in _texts(patterns):
+        number = _compiled(pattern, r"(?:.*?\.)?(?:{})\.(?P<layer>\d+)\.").match(module)
         if number:
-            return int(number[1]) in ([layers] if isinstance(layers, int) else layers)
+            return int(number["layer"]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 
 def _named(targets: str | Sequence[str], module: str) -> bool:
     if isinstance(targets, str):
-        return _matches(targets, module)
+        return _compiled(targets).fullmatch(module) is not None
     return module in targets or any(module.endswith(f".{target}") for target in targets)
 
 
-def _matches(pattern: str, text: str) -> bool:
+@functools.lru_cache
+def _compiled(pattern: str, within: str = "{}") -> re.Pattern[str]:
+    """A pattern of the file inside one of PEFT's.
+
+    Raises:
+      InputError: it is no regular expression by itself, or too long.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise InputError(
+            f"{CONFIG} has a pattern of {len(pattern):,} characters: at most {_LONGEST_PATTERN:,} are read"
+        )
     try:
-        return re.fullmatch(pattern, text) is not None
-    except re.error as error:
-        raise InputError(f"{CONFIG} has the pattern {pattern!r}, which is no regular expression: {error}") from error
+        re.compile(pattern)
+        return re.compile(within.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{CONFIG} has the pattern {pattern!r:.100}, which is no regular expression: {error}"
+        ) from error
+
+
+def _texts(value: Any) -> list[str]:
+    """A text alone, several of them, or the keys of an object."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def saved_whole(settings: Mapping[str, Any], parameter: str) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from phantom_jax.checkpoints import hf, names, peft_config
 from phantom_jax.checkpoints.adapter import Adapter, LowRank, in_layers
-from phantom_jax.checkpoints.adapter_names import Key, Linear, fitting, linears, parse, rows
+from phantom_jax.checkpoints.adapter_names import Key, LinearMap, fitting, linears, parse, rows
 from phantom_jax.checkpoints.arrays import Box, StoredArray
 from phantom_jax.checkpoints.hf_config import Published, TokenIds
 from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles
@@ -123,7 +123,7 @@ def _leaked(pairs: Pairs, files: TensorFiles, where: str) -> list[str]:
 
 
 def _check_names(
-    pairs: Pairs, whole: Mapping[str, str], maps: list[Linear], table: list[names.Row], where: str
+    pairs: Pairs, whole: Mapping[str, str], maps: list[LinearMap], table: list[names.Row], where: str
 ) -> None:
     modules = {name for linear in maps for name in linear.modules()}
     parameters = {name for row in table for name in row.names()}
@@ -136,7 +136,7 @@ def _check_names(
         )
 
 
-def _check_complete(settings: Mapping[str, Any], pairs: Pairs, maps: list[Linear], where: str) -> None:
+def _check_complete(settings: Mapping[str, Any], pairs: Pairs, maps: list[LinearMap], where: str) -> None:
     modules = [name for linear in maps for name in linear.modules()]
     if not pairs:
         raise InputError(f"{where} holds no tensor lora_A or lora_B for the language model or the projector")
@@ -154,7 +154,7 @@ def _listed(found: Iterable[str]) -> str:
 
 
 def _factors(
-    linear: Linear,
+    linear: LinearMap,
     pairs: Pairs,
     settings: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],

@@ -1,9 +1,8 @@
 """Adapters in the form that PEFT, LLaVA's own code and vLLM read."""
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from phantom_jax.checkpoints import hf, hf_config, names, peft_config
 from phantom_jax.checkpoints.adapter import Adapter
@@ -11,6 +10,7 @@ from phantom_jax.checkpoints.adapter_names import NAMINGS, PREFIX, linears, rows
 from phantom_jax.checkpoints.adapter_packing import pack
 from phantom_jax.checkpoints.tensor_writer import Tensor, write_file
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import write_json
 
 WEIGHTS = "adapter_model.safetensors"
 OTHERS = "non_lora_trainables.safetensors"
@@ -71,20 +71,16 @@ def write(adapter: Adapter, directory: pathlib.Path) -> None:
     }
     beside = [tensor for tensor in whole if not peft_config.saved_whole(settings, tensor.name)]
     inside = [tensor for tensor in others if tensor not in beside]
-    _write_json(directory / peft_config.CONFIG, settings)
+    write_json(directory / peft_config.CONFIG, settings)
     write_file(directory / WEIGHTS, _prefixed([tensor for _, tensors in packed for tensor in tensors] + inside))
     if beside:
         write_file(directory / OTHERS, _prefixed(beside))
     if layout == "llava-original":
         dtype = str(next(iter(adapter.low_rank.values())).a.dtype)
         config, vision = hf_config.write(adapter.config, adapter.published, adapter.tokens, dtype)
-        _write_json(directory / "config.json", config)
+        write_json(directory / "config.json", config)
         if vision is not None:
-            _write_json(directory / "vision_config.json", vision)
-
-
-def _write_json(path: pathlib.Path, content: Mapping) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_json(directory / "vision_config.json", vision)
 
 
 def _prefixed(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,17 +12,30 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from phantom_jax.checkpoints.hf import read_json
+from phantom_jax.checkpoints.tensor_files import weight_map
 from phantom_jax.errors import InputError
 
 NOT_ALLOWED = (
-    "weights are pickled (.bin): give --allow_pickle, they are then read by PyTorch's weights_only loader in a process "
-    "of its own, or convert to safetensors"
+    "weights are pickled (.bin): rewrite them with `convert --allow_pickle`, where PyTorch's weights_only loader reads "
+    "them in a process of its own, or take safetensors"
 )
 """Says why pickled weights are not read, where the user did not ask for it."""
 
 _WEIGHTS = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
+# What Python and PyTorch need to start. No more: the environment may hold tokens and keys.
+_ENVIRONMENT = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "HOME",
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+    "SYSTEMROOT",
+)
 _READER = pathlib.Path(__file__).with_name("pickled_reader.py")
 
 
@@ -35,14 +48,7 @@ def weight_files(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
     directory = pathlib.Path(directory)
     if not (directory / _INDEX).is_file():
         return [directory / _WEIGHTS] if (directory / _WEIGHTS).is_file() else []
-    index = read_json(directory / _INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-        raise InputError(f"{directory / _INDEX} has no 'weight_map' of tensor names to file names")
-    names = sorted(set(index.values()))
-    for name in names:
-        if pathlib.PurePath(name).name != name or not (directory / name).is_file():
-            raise InputError(f"{directory / _INDEX} names the shard {name!r}: not a file of {directory}")
-    return [directory / name for name in names]
+    return [directory / name for name in sorted(set(weight_map(directory / _INDEX).values()))]
 
 
 def to_safetensors(files: Sequence[str | os.PathLike[str]], scratch: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -82,7 +88,10 @@ def to_safetensors(files: Sequence[str | os.PathLike[str]], scratch: str | os.Pa
 def _run(sources: Sequence[pathlib.Path], scratch: pathlib.Path) -> None:
     # With -P no file beside the script stands for a module of its name.
     command = [sys.executable, "-P", "-B", str(_READER), str(scratch), *map(str, sources)]
-    child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603 - our own file
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    child = subprocess.run(  # noqa: S603 - our own file
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
+    )
     replies = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
     for reply in replies:
         if "error" in reply:

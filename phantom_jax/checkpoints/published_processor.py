@@ -1,6 +1,5 @@
 """What a published folder holds beside the tokenizer for other libraries to prepare texts and images with."""
 
-import json
 import os
 import pathlib
 
@@ -8,6 +7,7 @@ from absl import logging
 
 from phantom_jax.data import chat_template
 from phantom_jax.data.conversation import IMAGE_MARK
+from phantom_jax.json_files import write_json
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import Processor
 
@@ -22,7 +22,7 @@ def save_published(
     Args:
       processor: of that layout, see `special_tokens.for_format`.
       directory: the folder, which exists.
-      layout: one of `hf_config.FORMATS`.
+      layout: one of `layouts.PUBLISHED_LAYOUTS`.
       config: the model.
     """
     directory = pathlib.Path(directory)
@@ -37,7 +37,7 @@ def save_published(
     if processor.image_mode == "tiles":
         logging.warning("No LLaVA processor of transformers cuts images into tiles: AutoProcessor finds none here.")
         return
-    _write(directory / "preprocessor_config.json", _images(processor))
+    write_json(directory / "preprocessor_config.json", _images(processor))
     settings = {
         "processor_class": "LlavaProcessor",
         "image_token": template.image_token,
@@ -46,7 +46,7 @@ def save_published(
         # The class token, which "default" drops again.
         "num_additional_image_tokens": 1,
     }
-    _write(directory / "processor_config.json", settings)
+    write_json(directory / "processor_config.json", settings)
 
 
 def _images(processor: Processor) -> dict:
@@ -70,7 +70,3 @@ def _images(processor: Processor) -> dict:
         # CLIP's own does not pad.
         settings |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     return settings
-
-
-def _write(path: pathlib.Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

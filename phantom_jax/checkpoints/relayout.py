@@ -24,7 +24,7 @@ def in_layout(checkpoint: Checkpoint, processor: Processor | None, layout: str) 
     Args:
       checkpoint: a model of any layout.
       processor: its processor.
-      layout: one of `hf_config.FORMATS`.
+      layout: one of `layouts.PUBLISHED_LAYOUTS`.
 
     Raises:
       InputError: the layout cannot express the model, or its weights are quantised.

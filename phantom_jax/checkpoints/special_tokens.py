@@ -32,7 +32,7 @@ def for_format(processor: Processor, layout: str) -> Processor:
 
     Args:
       processor: of any layout.
-      layout: one of `hf_config.FORMATS` or `ours`. All but the two are left as they are.
+      layout: one of `layouts.MODEL_LAYOUTS`. All but the two are left as they are.
 
     Raises:
       InputError: the tokenizer has no `<unk>`, which an original LLaVA needs.

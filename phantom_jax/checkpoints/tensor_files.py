@@ -18,6 +18,7 @@ import safetensors
 
 from phantom_jax.checkpoints.layout import runs_of
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,8 +36,6 @@ DTYPES = {
 
 # What the format's own library allows.
 _MAX_HEADER = 100_000_000
-_DEEPEST = 100
-"""Lists and objects in each other; what copies and compares them takes several calls for each."""
 _MOST_LISTED = 20
 
 
@@ -48,23 +47,22 @@ def listed(found: Sequence[str]) -> str:
     return "\n    ".join(lines)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, or an `InputError` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _check_depth(content, _DEEPEST)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object")
-    return content
+def weight_map(path: pathlib.Path) -> dict[str, str]:
+    """What an index of shards says: for each tensor the name of a file that exists beside it.
 
-
-def _check_depth(content: Any, left: int) -> None:
-    if not left:
-        raise ValueError(f"it is nested more than {_DEEPEST} deep")
-    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
-        _check_depth(value, left - 1)
+    Raises:
+      InputError: it is damaged, or names a file of another folder or one that does not exist.
+    """
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise InputError(f"{path} has no 'weight_map' of tensor names to file names")
+    for name in sorted(set(index.values())):
+        if pathlib.PurePath(name).name != name or name in ("", ".."):
+            raise InputError(f"{path} names the shard {name!r}: not a file of {path.parent}")
+        # Unlike that of pathlib, False for whatever cannot be the name of a file.
+        if not os.path.isfile(path.parent / name):
+            raise InputError(f"{path} names the shard {name!r}, which is missing: fetch it again")
+    return index
 
 
 class TensorFiles:
@@ -100,15 +98,7 @@ class TensorFiles:
                 return cls([directory / WEIGHTS])
             found = ", ".join(sorted(path.name for path in directory.iterdir())) or "nothing"
             raise InputError(f"{directory} holds neither {WEIGHTS} nor {INDEX} (it holds {found})")
-        index = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise InputError(f"{directory / INDEX} has no 'weight_map' of tensor names to file names")
-        for name in sorted(set(index.values())):
-            if pathlib.PurePath(name).name != name or name in ("", ".."):
-                raise InputError(f"{directory / INDEX} names the shard {name!r}: not a file of {directory}")
-            # Unlike that of pathlib, False for whatever cannot be the name of a file.
-            if not os.path.isfile(directory / name):
-                raise InputError(f"{directory / INDEX} names the shard {name!r}, which is missing: fetch it again")
+        index = weight_map(directory / INDEX)
         files = cls([directory / name for name in sorted(set(index.values()))])
         elsewhere = [name for name, (path, *_) in files._where.items() if index.get(name) not in (path.name, None)]
         missing = sorted(set(index) - set(files._where)) + sorted(elsewhere)

@@ -15,6 +15,7 @@ import numpy as np
 
 from phantom_jax.checkpoints.arrays import made_ahead
 from phantom_jax.checkpoints.tensor_files import DTYPES, INDEX, WEIGHTS
+from phantom_jax.json_files import write_json
 
 SHARD_BYTES = 5_000_000_000
 """As large as the shards that Hugging Face's libraries wrote when these models were published."""
@@ -63,7 +64,7 @@ def write_folder(directory: pathlib.Path, tensors: Sequence[Tensor], shard_bytes
         write_file(directory / name, shard)
         weight_map |= {tensor.name: name for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / INDEX, index)
 
 
 def write_file(path: pathlib.Path, tensors: Sequence[Tensor]) -> None:

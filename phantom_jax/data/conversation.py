@@ -166,6 +166,11 @@ def template_names(template: Template) -> list[str]:
     ]
 
 
+def describe_template(template: Template) -> str:
+    """A template in words: its names, or that it is one of the user's own."""
+    return " or ".join(template_names(template)) or "one of its own"
+
+
 Turn = tuple[str, str | None]
 """A question and its answer; None where the model is to answer."""
 

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import write_json
 
 PAD = "<|endoftext|>"
 SPECIAL_TOKENS = (PAD, "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
@@ -70,9 +71,9 @@ def save_tokenizer(
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", config)
     names = {**names, "additional_special_tokens": extra}
-    (directory / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
+    write_json(directory / "special_tokens_map.json", names)
 
 
 def load_tokenizer(directory: str | os.PathLike) -> tokenizers.Tokenizer:

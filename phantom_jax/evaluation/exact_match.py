@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from PIL import Image
 
 from phantom_jax.data.sources import open_records
 from phantom_jax.errors import InputError
+from phantom_jax.json_files import write_json
 from phantom_jax.pretrained import load
 
 # How many answered images are kept beside the numbers.
@@ -202,4 +202,4 @@ def write(results: dict[str, Any], records: Sequence[Any], output: Path) -> None
         example["image"] = f"{number:03d}.png"
         with Image.open(io.BytesIO(records[example["record"]].image)) as image:
             image.save(output / example["image"])
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(output / "results.json", results)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from phantom_jax.errors import InputError
+from phantom_jax.layouts import QUANTIZATIONS
 from phantom_jax.ops import quantize
 
 # Stacked layers are `layers`, layers of their own `layers_0`, `layers_1`, ...
@@ -26,8 +27,8 @@ def kernel_inputs(path: str) -> int | None:
 
 def check_kind(kind: str) -> None:
     """Raises an `InputError` where weights cannot be quantised to a kind."""
-    if kind not in quantize.KINDS:
-        raise InputError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(quantize.KINDS)}")
+    if kind not in QUANTIZATIONS:
+        raise InputError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(QUANTIZATIONS)}")
 
 
 def quantize_kernel(path: str, array: Any, kind: str) -> Any:

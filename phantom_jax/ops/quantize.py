@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ("int8", "nf4")
+from phantom_jax.layouts import QUANTIZATIONS
 
 NF4_BLOCK = 64
 SCALE_BLOCK = 256
@@ -116,8 +116,8 @@ def quantize(kernel: jax.Array, kind: str, *, inputs: int, layers: int = 0) -> Q
     Raises:
       ValueError: the kind is unknown or the kernel has too few axes.
     """
-    if kind not in KINDS:
-        raise ValueError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(KINDS)}")
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"weights cannot be quantised to {kind!r}: use one of {', '.join(QUANTIZATIONS)}")
     if inputs < 1 or kernel.ndim <= layers + inputs:
         raise ValueError(f"a kernel {kernel.shape} has no {layers} layer axes, {inputs} input axes and an output")
     if layers == 0:

@@ -20,6 +20,7 @@ import jax
 from phantom_jax import config as configs
 from phantom_jax.checkpoints import manager as checkpoints
 from phantom_jax.errors import Diverged, InputError, Preempted
+from phantom_jax.json_files import write_json
 from phantom_jax.objectives import OBJECTIVES
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.optimizer import make_optimizer
@@ -327,7 +328,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     """Makes the folder and writes its config.json, whole or not at all."""
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(temporary, config)
     temporary.replace(workdir / "config.json")
 
 

@@ -70,7 +70,7 @@ def test_every_linear_map_of_every_family(golden, family, tmp_path):
     base, checkpoint = golden / family, hf.load(golden / family)
     pairs = peft_folder.factors(base)
     source = peft_folder.write(tmp_path / "peft", pairs, rename=naming(family))
-    adapter = adapter_folder.read(source, checkpoint)
+    adapter = adapter_folder.read(source, checkpoint.description)
     kernels = {path for path in flatten({"params": checkpoint.params}) if "vision_tower" not in path}
     # What is no linear map: norms, biases and the embedding.
     assert kernels - set(adapter.low_rank) == {p for p in kernels if p.split("/")[-1] in ("scale", "bias", "embedding")}
@@ -104,7 +104,7 @@ def test_names_of_all_versions(golden, rename, infix, tmp_path):
     base = golden / "llava-hf"
     pairs = peft_folder.factors(base, lambda module: "projector" not in module)
     source = peft_folder.write(tmp_path / "peft", pairs, rename=rename, infix=infix)
-    adapter = adapter_folder.read(source, hf.load(base))
+    adapter = adapter_folder.read(source, hf.read_config(base))
     assert_merged(base, adapter, pairs)
     names = load_file(write(adapter, tmp_path / "again") / "adapter_model.safetensors")
     # Names of another layout than the model's would find no place in it.
@@ -116,7 +116,7 @@ def test_an_adapter_of_the_decoder_alone(golden, tmp_path):
     base = golden / "phantom-0.5b"
     pairs = peft_folder.factors(base, lambda module: module.endswith(("q_proj", "down_proj")))
     source = peft_folder.write(tmp_path / "peft", pairs, rename=lambda name: name.removeprefix("language_model."))
-    adapter = adapter_folder.read(source, hf.load(base))
+    adapter = adapter_folder.read(source, hf.read_config(base))
     assert_merged(base, adapter, pairs)
     assert_same_files(write(adapter, tmp_path / "again"), source)
 
@@ -152,7 +152,7 @@ def test_an_intermediate_folder_needs_the_model(golden, tmp_path):
     source = peft_folder.write(tmp_path / "checkpoint-10", pairs)
     with pytest.raises(InputError, match="give --base, the model that it was trained on, some/base"):
         adapter_folder.read(source)
-    assert not adapter_folder.read(source, hf.load(golden / "llava-original")).others
+    assert not adapter_folder.read(source, hf.read_config(golden / "llava-original")).others
 
 
 def test_whole_modules_beside_the_factors(golden, tmp_path):
@@ -164,7 +164,7 @@ def test_whole_modules_beside_the_factors(golden, tmp_path):
     source = peft_folder.write(
         tmp_path / "peft", pairs, rename=peft_folder.in_memory, others=whole, modules_to_save=modules
     )
-    adapter = adapter_folder.read(source, hf.load(base))
+    adapter = adapter_folder.read(source, hf.read_config(base))
     assert_merged(base, adapter, pairs, whole=whole)
     target = write(adapter, tmp_path / "again")
     assert_same_files(target, source)
@@ -187,7 +187,7 @@ def test_a_head_that_comes_with_its_factors(golden, tmp_path):
     head = peft_folder.weights(base)["language_model.lm_head.weight"] * 2
     extra = {"base_model.model.lm_head.base_layer.weight": head}
     source = peft_folder.write(tmp_path / "peft", pairs, rename=peft_folder.in_memory, extra=extra)
-    adapter = adapter_folder.read(source, hf.load(base))
+    adapter = adapter_folder.read(source, hf.read_config(base))
     ours = written(merge(hf.load(base), adapter))["language_model.lm_head.weight"]
     ((a, b),) = pairs.values()
     np.testing.assert_allclose(ours, head + 2 * (b @ a), rtol=0, atol=1e-4)
@@ -214,7 +214,7 @@ def test_ranks_and_alphas_by_pattern_and_missing_layers(golden, tmp_path):
         "use_rslora": True,
     }
     source = peft_folder.write(tmp_path / "peft", pairs, **settings)
-    adapter = adapter_folder.read(source, hf.load(base))
+    adapter = adapter_folder.read(source, hf.read_config(base))
     assert adapter.low_rank["params/language_model/layers/down/kernel"].ranks == (0, 6, 4)
     assert_merged(base, adapter, pairs, lambda module: alpha(module) / np.sqrt(rank(module)))
     target = write(adapter, tmp_path / "again")
@@ -224,7 +224,7 @@ def test_ranks_and_alphas_by_pattern_and_missing_layers(golden, tmp_path):
     # Without the settings that it came with, others are found that mean the same.
     fresh = write(dataclasses.replace(adapter, naming=None, settings={}), tmp_path / "fresh")
     assert_same_files(fresh, source)
-    again = adapter_folder.read(fresh, hf.load(base))
+    again = adapter_folder.read(fresh, hf.read_config(base))
     assert_merged(base, again, pairs, lambda module: alpha(module) / np.sqrt(rank(module)))
     assert again.low_rank["params/language_model/layers/down/kernel"].alphas[1:] == (8, 8)
 
@@ -273,7 +273,7 @@ def test_what_was_trained_here_is_packed_for_peft(golden, family, ranks, tmp_pat
             pairs[undo[match[1]]] = (a, b)
     for name, tensor in merged_as(golden / family, pairs, lambda module: 2.0).items():
         np.testing.assert_allclose(expected[name], tensor, rtol=0, atol=1e-4, err_msg=name)
-    again = written(merge(checkpoint, adapter_folder.read(folder, checkpoint)))
+    again = written(merge(checkpoint, adapter_folder.read(folder, checkpoint.description)))
     for name, tensor in expected.items():
         np.testing.assert_allclose(again[name], tensor, rtol=0, atol=1e-4, err_msg=name)
 
@@ -301,11 +301,11 @@ def test_ours_for_the_same_model_in_another_layout(golden, tmp_path):
     original, other = hf.load(golden / "llava-original"), hf.load(golden / "llava-hf")
     folder = write(trained(original, {"up": 2}), tmp_path / "ours", "ours")
     assert adapter_folder.read(folder).published.format == "llava-original"
-    target = write(adapter_folder.read(folder, other), tmp_path / "peft")
+    target = write(adapter_folder.read(folder, other.description), tmp_path / "peft")
     assert all("model.language_model.layers" in name for name in load_file(target / "adapter_model.safetensors"))
     with pytest.raises(InputError, match="in the model"):
         adapter_folder.read(
-            write(trained(other, {"attention/key": 2}), tmp_path / "b", "ours"), hf.load(golden / "phantom-1.8b")
+            write(trained(other, {"attention/key": 2}), tmp_path / "b", "ours"), hf.read_config(golden / "phantom-1.8b")
         )
 
 
@@ -338,7 +338,7 @@ def test_merging_rounds_once(golden, tmp_path):
     save_file(tensors, base / "model.safetensors")
     pairs = peft_folder.factors(base, lambda module: module.endswith("gate_proj"))
     source = peft_folder.write(tmp_path / "peft", pairs, rename=peft_folder.in_memory)
-    ours = written(merge(hf.load(base), adapter_folder.read(source, hf.load(base))))
+    ours = written(merge(hf.load(base), adapter_folder.read(source, hf.read_config(base))))
     for module, (a, b) in pairs.items():
         change = 2 * (b.astype(np.float64) @ a.astype(np.float64))
         exact = tensors[f"{module}.weight"].astype(np.float64) + change
@@ -384,7 +384,7 @@ def test_what_leaked_into_the_tower_is_dropped(golden, tmp_path):
     settings = {"rename": peft_folder.in_memory, "target_modules": ["q_proj"]}
     clean = peft_folder.write(tmp_path / "clean", pairs, **settings)
     source = peft_folder.write(tmp_path / "peft", pairs, extra=tower(0), **settings)
-    adapter = adapter_folder.read(source, hf.load(base))
+    adapter = adapter_folder.read(source, hf.read_config(base))
     assert set(adapter.dropped) == set(tower(0))
     assert_merged(base, adapter, pairs)
     target = write(adapter, tmp_path / "again")
@@ -411,6 +411,14 @@ WRONG_SETTINGS = {
     "pattern": ({"rank_pattern": {"(": 2}}, r"the pattern .* no regular expression"),
     "targets": ({"target_modules": ["q_proj", "up_proj"]}, "no tensors for 3 of them: .*up_proj"),
     "number for a list": ({"target_modules": 3}, "target_modules=3"),
+    "number for a name": ({"modules_to_save": [1]}, r"modules_to_save=\[1\]"),
+    "text for an alpha": ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern={'q_proj': 'x'}"),
+    "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
+    "text for a layer": ({"layers_to_transform": ["0"]}, r"layers_to_transform=\['0'\]"),
+    "pattern of layers": ({"layers_to_transform": [0], "layers_pattern": "("}, "the pattern '\\('.* no regular"),
+    "brackets that close PEFT's": ({"rank_pattern": {"q)|(v": 2}}, "the pattern .* no regular expression"),
+    "repeats": ({"target_modules": "q{99999999999}"}, "the pattern .* no regular expression"),
+    "long pattern": ({"target_modules": "q" * 5000}, "a pattern of 5,000 characters"),
 }
 
 
@@ -419,7 +427,7 @@ def test_settings_that_are_not_supported(golden, settings, message, tmp_path):
     pairs = peft_folder.factors(golden / "llava-hf", lambda module: module.endswith("q_proj"))
     source = peft_folder.write(tmp_path / "peft", pairs, rename=peft_folder.in_memory, **settings)
     with pytest.raises(InputError, match=message):
-        adapter_folder.read(source, hf.load(golden / "llava-hf"))
+        adapter_folder.read(source, hf.read_config(golden / "llava-hf"))
 
 
 WRONG_TENSORS = {
@@ -456,27 +464,27 @@ def test_tensors_that_are_not_supported(golden, tensors, message, tmp_path):
     pairs = peft_folder.factors(golden / "llava-hf", lambda module: module.endswith("q_proj"))
     source = peft_folder.write(tmp_path / "peft", pairs, rename=peft_folder.in_memory, extra=tensors)
     with pytest.raises(InputError, match=message):
-        adapter_folder.read(source, hf.load(golden / "llava-hf"))
+        adapter_folder.read(source, hf.read_config(golden / "llava-hf"))
 
 
 def test_folders_that_hold_no_adapter(golden, tmp_path):
     base = hf.load(golden / "llava-hf")
     with pytest.raises(InputError, match="holds neither phantom_jax_adapter.json nor adapter_config.json"):
-        adapter_folder.read(golden / "llava-hf", base)
+        adapter_folder.read(golden / "llava-hf", base.description)
     assert not adapter_folder.is_adapter(golden / "llava-hf")
     with pytest.raises(InputError, match="no folder"):
-        adapter_folder.read(tmp_path / "absent", base)
+        adapter_folder.read(tmp_path / "absent", base.description)
     pairs = peft_folder.factors(golden / "llava-hf", lambda module: module.endswith("q_proj"))
     source = peft_folder.write(tmp_path / "peft", pairs)
     assert adapter_folder.is_adapter(source)
     weights = source / "adapter_model.safetensors"
     weights.rename(source / "adapter_model.bin")
     with pytest.raises(InputError, match="allow_pickle"):
-        adapter_folder.read(source, base)
+        adapter_folder.read(source, base.description)
     (source / "adapter_model.bin").unlink()
     with pytest.raises(InputError, match="neither adapter_model.safetensors nor adapter_model.bin"):
-        adapter_folder.read(source, base)
-    with pytest.raises(InputError, match="format 'llava-hf' does not exist for adapters"):
+        adapter_folder.read(source, base.description)
+    with pytest.raises(InputError, match="adapter format 'llava-hf' does not exist"):
         adapter_folder.write(trained(base, {"up": 2}), tmp_path, format="llava-hf")
 
 

@@ -4,8 +4,9 @@ import shlex
 import pytest
 
 from phantom_jax import pretrained
-from phantom_jax.checkpoints.load_lines import MODEL_LAYOUTS, adapter_lines, load_lines, serve_line
+from phantom_jax.checkpoints.load_lines import adapter_lines, load_lines, serve_line
 from phantom_jax.errors import InputError
+from phantom_jax.layouts import MODEL_LAYOUTS
 
 PATHS = ["out/model", "/models/my model", 'it\'s "quoted"', "back\\slash", "猫"]
 

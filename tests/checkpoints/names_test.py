@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phantom_jax.checkpoints import hf, hf_config
-from phantom_jax.checkpoints.names import GroupedQKV, Row
+from phantom_jax.checkpoints.names import Convolution, GroupedQKV, Linear, Reshape, Row, Transform
 from phantom_jax.models import zoo
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.models.projector import ProjectorConfig
@@ -51,6 +51,15 @@ FAMILIES = {
 }
 
 
+def numbers(starts, length):
+    """Fetches from a tensor whose numbers are 0, 1, 2, ..."""
+    return (starts[:, None] + np.arange(length)).reshape(-1)
+
+
+def whole(view):
+    return view.read(tuple(slice(0, axis) for axis in view.shape), numbers)
+
+
 def shapes_of(row: Row, shapes):
     return [shapes[path][row.layers is not None :] for path in row.paths]
 
@@ -68,16 +77,11 @@ def test_a_table_is_a_bijection(family):
         layout = row.transform.layout(shapes_of(row, shapes))
         assert [view.shape for view in layout.views] == shapes_of(row, shapes)
         # Each view of the numbers 0, 1, 2, ... says which of them are its own.
-        size = int(np.prod(layout.shape))
-
-        def fetch(starts, length):
-            return (starts[:, None] + np.arange(length)).reshape(-1)
-
-        whole = [view.read(tuple(slice(0, axis) for axis in view.shape), fetch) for view in layout.views]
-        assert np.array_equal(np.sort(np.concatenate([part.reshape(-1) for part in whole])), np.arange(size)), row.name
+        size, parts = int(np.prod(layout.shape)), [whole(view) for view in layout.views]
+        assert np.array_equal(np.sort(np.concatenate([part.reshape(-1) for part in parts])), np.arange(size)), row.name
         # And back, in blocks that cut the tensor wherever it may be cut.
         for limit in (1, 50, size):
-            again = np.concatenate([block() for block in layout.blocks(whole, limit, np.int64)])
+            again = np.concatenate([block() for block in layout.blocks(parts, limit, np.int64)])
             assert np.array_equal(again, np.arange(size)), (row.name, limit)
 
 
@@ -93,32 +97,61 @@ def test_parts_are_read_alone(family):
 
             def fetch(starts, length, fetched=fetched):
                 fetched.append(len(starts) * length)
-                return (starts[:, None] + np.arange(length)).reshape(-1)
+                return numbers(starts, length)
 
-            whole = view.read(tuple(slice(0, axis) for axis in view.shape), fetch)
+            all_of_it = whole(view)
             for _ in range(8):
                 box = tuple(slice(*sorted(rng.integers(0, axis + 1, 2))) for axis in view.shape)
                 fetched.clear()
                 part = view.read(box, fetch)
-                assert np.array_equal(part, whole[box])
+                assert np.array_equal(part, all_of_it[box])
                 if not isinstance(row.transform, GroupedQKV):
                     assert sum(fetched) == part.size, row.name
 
 
-def test_heads_of_a_group_are_not_torn_apart_in_internlm2():
-    """One tensor of the published kind, taken apart by the formula of its code: h = kv head, g = place in its group."""
-    width, heads, kv_heads, head_dim = 5, 6, 2, 4
-    groups = heads // kv_heads
-    tensor = np.arange(kv_heads * (groups + 2) * head_dim * width)
-    shapes = [(width, heads, head_dim), (width, kv_heads, head_dim), (width, kv_heads, head_dim)]
-    layout = GroupedQKV().layout(shapes)
+def heads(rows, count):
+    """[in, heads, head] of the rows [heads * head, in] of a published matrix."""
+    return rows.reshape(count, -1, rows.shape[-1]).transpose(2, 0, 1)
 
-    def fetch(starts, length):
-        return (starts[:, None] + np.arange(length)).reshape(-1)
 
-    query, key, value = (view.read(tuple(slice(0, axis) for axis in view.shape), fetch) for view in layout.views)
-    packed = tensor.reshape(kv_heads, groups + 2, head_dim, width)
-    for head in range(heads):
-        assert np.array_equal(query[:, head], packed[head // groups, head % groups].T)
-    for head in range(kv_heads):
-        assert np.array_equal(key[:, head], packed[head, -2].T) and np.array_equal(value[:, head], packed[head, -1].T)
+# Transform, shapes of our arrays, shape of the published tensor, and our arrays by the formulas of the published code.
+FORMULAS = {
+    "as it is": (Transform(), [(3, 4)], (3, 4), lambda tensor: [tensor]),
+    "axes of size one": (Reshape((1, 1, 6)), [(6,)], (1, 1, 6), lambda tensor: [tensor[0, 0]]),
+    "bias of heads": (Reshape((6,)), [(3, 2)], (6,), lambda tensor: [np.stack(np.split(tensor, 3))]),
+    "matrix": (Linear(), [(4, 6)], (6, 4), lambda tensor: [tensor.T]),
+    "query": (Linear(), [(4, 3, 2)], (6, 4), lambda tensor: [heads(tensor, 3)]),
+    "out": (Linear(2), [(3, 2, 4)], (4, 6), lambda tensor: [np.stack(np.split(tensor.T, 3))]),
+    "packed biases": (Linear(0), [(3, 2)] * 3, (18,), lambda tensor: [b.reshape(3, 2) for b in np.split(tensor, 3)]),
+    "packed matrices": (Linear(), [(4, 6), (4, 6)], (12, 4), lambda tensor: [m.T for m in np.split(tensor, 2)]),
+    "packed heads": (
+        Linear(),
+        [(5, 4, 2), (5, 2, 2), (5, 2, 2)],
+        (16, 5),
+        lambda tensor: [heads(rows, len(rows) // 2) for rows in np.split(tensor, [8, 12])],
+    ),
+    "grouped heads": (
+        GroupedQKV(),
+        [(5, 6, 4), (5, 2, 4), (5, 2, 4)],
+        (40, 5),
+        # Of each of the two key-value heads: three query heads, the key, the value.
+        lambda tensor: [
+            np.concatenate([heads(group[:12], 3) for group in np.split(tensor, 2)], axis=1),
+            np.stack([group[12:16].T for group in np.split(tensor, 2)], axis=1),
+            np.stack([group[16:].T for group in np.split(tensor, 2)], axis=1),
+        ],
+    ),
+    "patches": (Convolution(), [(2, 3, 3, 5)], (5, 3, 2, 3), lambda tensor: [tensor.transpose(2, 3, 1, 0)]),
+}
+
+
+@pytest.mark.parametrize(("transform", "shapes", "published", "formula"), FORMULAS.values(), ids=FORMULAS.keys())
+def test_a_transform_is_its_formula(transform, shapes, published, formula):
+    layout = transform.layout(shapes)
+    assert layout.shape == published
+    tensor, rng = np.arange(np.prod(published)).reshape(published), np.random.default_rng(0)
+    for view, expected in zip(layout.views, formula(tensor), strict=True):
+        assert np.array_equal(whole(view), expected)
+        for _ in range(8):
+            box = tuple(slice(*sorted(rng.integers(0, axis + 1, 2))) for axis in view.shape)
+            assert np.array_equal(view.read(box, numbers), expected[box])

@@ -8,7 +8,7 @@ import shlex
 from phantom_jax import cli
 from phantom_jax.checkpoints import adapter_folder, model_folder
 from phantom_jax.checkpoints.hf_config import detect_format
-from phantom_jax.checkpoints.tensor_files import read_json
+from phantom_jax.json_files import read_json
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.DOTALL | re.MULTILINE)
 _VARYING = re.compile(r"[0-9a-f]{16}|\d[\d.,]*")

@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 
 from phantom_jax.checkpoints import parents
+from phantom_jax.checkpoints.weights import open_tensors
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from phantom_jax.ops.rope import RopeConfig
@@ -197,7 +198,7 @@ def test_projector_of_a_whole_model(golden):
 
 def test_pickled_files_go_through_the_hook(tmp_path):
     (tmp_path / "mm_projector.bin").write_bytes(b"pickled")
-    with pytest.raises(InputError, match=r"mm_projector\.bin is no folder and no \.safetensors"):
+    with pytest.raises(InputError, match=r"mm_projector\.bin: weights are pickled"):
         parents.read_projector(tmp_path / "mm_projector.bin")
     weights = {"model.mm_projector.weight": np.zeros((4, 3), np.float32), "model.mm_projector.bias": np.zeros(4)}
     safetensors.numpy.save_file(weights, tmp_path / "read.safetensors")
@@ -205,7 +206,7 @@ def test_pickled_files_go_through_the_hook(tmp_path):
 
     def open_files(path):
         asked.append(path)
-        return parents.open_tensors(tmp_path / "read.safetensors")
+        return open_tensors(tmp_path / "read.safetensors")
 
     parent = parents.read_projector(tmp_path / "mm_projector.bin", open_files=open_files)
     assert asked == [tmp_path / "mm_projector.bin"]

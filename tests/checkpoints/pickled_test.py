@@ -83,6 +83,21 @@ ATTEMPTS = {
     "a connection": "import socket; socket.create_connection(('127.0.0.1', {port}))",
     "removal": "import os; os.remove('{victim}')",
     "renaming": "import os; os.rename('{victim}', '{canary}')",
+    "emptying": "import os; os.open('{victim}', os.O_RDONLY | os.O_TRUNC)",
+    "truncation": "import os; os.truncate('{victim}', 0)",
+    "appending": "import os; os.open('{victim}', os.O_RDONLY | os.O_APPEND)",
+    "an empty file": "import os; os.open('{canary}', os.O_RDONLY | os.O_CREAT)",
+    "a folder": "import os; os.mkdir('{canary}')",
+    "a link": "import os; os.link('{victim}', '{canary}')",
+    "a symbolic link": "import os; os.symlink('{victim}', '{canary}')",
+    "a mode": "import os; os.chmod('{victim}', 0)",
+    "an owner": "import os; os.chown('{victim}', -1, -1)",
+    "a time": "import os; os.utime('{victim}', (0, 0))",
+    "an attribute": "import os; os.setxattr('{victim}', 'user.a', b'a')",
+    "no attribute": "import os; os.removexattr('{victim}', 'user.a')",
+    "a copy": "import shutil; shutil.copyfile('{victim}', '{canary}')",
+    "a tree": "import shutil; shutil.rmtree('{victim}')",
+    "a data base": "import sqlite3; sqlite3.connect('{canary}')",
 }
 
 
@@ -90,12 +105,29 @@ ATTEMPTS = {
 def test_what_gets_past_the_loader_still_reaches_nothing(attempt, weights, scratch, tmp_path, monkeypatch):
     """If a file ever made PyTorch run code, the process it runs in refuses what that code would do."""
     canary, victim = tmp_path / "canary", tmp_path / "victim"
-    victim.touch()
+    victim.write_bytes(b"mine")
+    before = victim.stat()
     code = attempt.format(canary=canary, victim=victim, port=9)
     torch_is(f"__version__ = '2.6.0'\ndef load(*_, **__):\n    {code}\n    return {{}}\n", tmp_path, monkeypatch)
     with pytest.raises(InputError, match="attempted .* which reading weights does not need"):
         pickled.to_safetensors([weights], scratch)
-    assert not canary.exists() and victim.exists() and not list(scratch.iterdir())
+    assert not os.path.lexists(canary) and not list(scratch.iterdir())
+    after = victim.stat()
+    assert victim.read_bytes() == b"mine"
+    assert (after.st_mode, after.st_mtime, after.st_nlink) == (before.st_mode, before.st_mtime, before.st_nlink)
+
+
+def test_the_environment_stays_here(weights, scratch, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    torch_is(
+        "import os, sys\n__version__ = '2.6.0'\n"
+        "def load(*_, **__): print(sorted(os.environ), file=sys.stderr); os._exit(9)",
+        tmp_path,
+        monkeypatch,
+    )
+    with pytest.raises(InputError, match="PYTHONPATH") as raised:
+        pickled.to_safetensors([weights], scratch)
+    assert "HF_TOKEN" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +197,6 @@ def test_without_being_allowed_nothing_is_unpickled(golden, tmp_path):
     canary = tmp_path / "canary"
     (tmp_path / "config.json").write_bytes((golden / "llava-hf" / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Canary(canary)}))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="weights are pickled .*convert --allow_pickle"):
         model_folder.read(tmp_path)
     assert not canary.exists()
-    assert "--allow_pickle" in pickled.NOT_ALLOWED and "safetensors" in pickled.NOT_ALLOWED

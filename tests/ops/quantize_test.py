@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from phantom_jax.layouts import QUANTIZATIONS
 from phantom_jax.ops import quantize
 from phantom_jax.ops.quantize import NF4_LEVELS, QuantizedTensor
 
@@ -13,7 +14,7 @@ from phantom_jax.ops.quantize import NF4_LEVELS, QuantizedTensor
 SHAPES = [((), (128,), (3, 8)), ((2,), (4, 32), (10,)), ((3,), (50,), (6,)), ((2, 2), (3, 30), (2, 75))]
 POSITIVE = np.concatenate([10.0 ** (e - 6) * (0.1 + 0.9 * (np.arange(2**e) + 0.5) / 2**e) for e in range(7)])
 BLOCK_LEVELS = np.concatenate([-POSITIVE[::-1], [0], POSITIVE, [1]])
-KINDS = pytest.mark.parametrize("kind", quantize.KINDS)
+KINDS = pytest.mark.parametrize("kind", QUANTIZATIONS)
 
 
 def random_kernel(layers, inputs, outputs, seed=0):

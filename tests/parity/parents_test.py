@@ -14,17 +14,8 @@ from phantom_jax.models.vision_tower import VisionTower
 from phantom_jax.ops.attention import Structure
 from phantom_jax.trees import flatten, unflatten
 from tests.checkpoints import parent_folders as folders
+from tests.parity.language_models import language_model, stir
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 80,
@@ -34,33 +25,6 @@ VISION = {
     "patch_size": 7,
     "initializer_range": 0.2,
 }
-SU = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.2, 1.5, 2.0],
-    "long_factor": [1.5, 2.0, 3.0, 4.0],
-    "original_max_position_embeddings": 24,
-}
-
-
-def language_model(kind):
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
-    if kind.startswith("qwen2"):
-        config = transformers.Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=kind == "qwen2-tied")
-        return transformers.Qwen2ForCausalLM(config)
-    config = transformers.Phi3Config(
-        **SIZES, num_key_value_heads=6, original_max_position_embeddings=24, rope_parameters=SU, eos_token_id=2
-    )
-    return transformers.Phi3ForCausalLM(config)
-
-
-def stir(model):
-    """Biases and norms start constant, which would hide mistakes."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
 
 
 def read(tree):

@@ -95,7 +95,7 @@ def test_logits_both_ways(golden, settings, tmp_path):
         plain = llava(golden)(**for_them).logits.numpy()
     assert np.abs(expected - plain).max() > 0.1, "an adapter that changes nothing would equal anything"
 
-    adapter = adapter_folder.read(tmp_path / "peft", base)
+    adapter = adapter_folder.read(tmp_path / "peft", base.description)
     np.testing.assert_allclose(logits_of(merge(base, adapter), for_us), expected, rtol=0, atol=1e-4)
 
     (tmp_path / "again").mkdir()
@@ -171,7 +171,7 @@ def test_packed_weights_of_phi3(golden, phi3, tmp_path):
     theirs = with_random_factors(phi3(), target_modules=["qkv_proj", "gate_up_proj", "o_proj"], task_type="CAUSAL_LM")
     theirs.save_pretrained(tmp_path / "peft")
     base = hf.load(golden / "phantom-3.8b")
-    adapter = adapter_folder.read(tmp_path / "peft", base)
+    adapter = adapter_folder.read(tmp_path / "peft", base.description)
     assert_merged(theirs, written(merge(base, adapter)))
 
     # Each kernel with an A of its own, and the rank that makes of it.

@@ -8,7 +8,8 @@ import transformers
 from safetensors.numpy import load_file
 
 from phantom_jax import pretrained
-from phantom_jax.checkpoints import names
+from phantom_jax.checkpoints import hf, names
+from phantom_jax.checkpoints.tensor_files import TensorFiles
 from phantom_jax.models.decoder import Decoder, DecoderConfig
 from phantom_jax.models.vision_tower import VisionTower
 from phantom_jax.models.zoo import clip_large
@@ -16,63 +17,33 @@ from phantom_jax.ops.attention import Structure
 from phantom_jax.ops.image import resize_grid
 from phantom_jax.ops.rope import RopeConfig
 from phantom_jax.trees import unflatten
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
-SHORT, LONG = [1.0, 1.2, 1.5, 2.0], [1.5, 2.0, 3.0, 4.0]
-SU = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": SHORT,
-    "long_factor": LONG,
-    "original_max_position_embeddings": 24,
-}
+from tests.parity.language_models import LONGROPE, language_model, llama_config, stir
 
 
 def decoder_config(rope=None, **fields) -> DecoderConfig:
     return DecoderConfig(97, 48, 3, 6, 2, 8, 64, 1e-6, rope=rope or RopeConfig(theta=1e4, max_length=64), **fields)
 
 
-def build(kind):
-    """(transformers' model, our configuration, layout of its names)."""
-    if kind == "llama":
-        config = transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-6)
-        return transformers.LlamaForCausalLM(config), decoder_config(), "llama"
-    if kind == "llama-linear":
-        rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-        config = transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-6, rope_parameters=rope)
-        ours = decoder_config(RopeConfig(theta=1e4, kind="linear", factor=4.0, max_length=64))
-        return transformers.LlamaForCausalLM(config), ours, "llama"
-    if kind == "qwen2-tied":
-        config = transformers.Qwen2Config(**SIZES, rms_norm_eps=1e-6, tie_word_embeddings=True)
-        return transformers.Qwen2ForCausalLM(config), decoder_config(qkv_bias=True, tie_embeddings=True), "llama"
-    config = transformers.Phi3Config(
-        **SIZES, rms_norm_eps=1e-6, original_max_position_embeddings=24, rope_parameters=SU, eos_token_id=2
-    )
-    rope = RopeConfig(1e4, "su", 1.0, 64, 24, tuple(SHORT), tuple(LONG))
-    return transformers.Phi3ForCausalLM(config), decoder_config(rope), "phi3"
+DECODERS = {
+    "llama": (decoder_config(), "llama"),
+    "llama-linear": (decoder_config(RopeConfig(theta=1e4, kind="linear", factor=4.0, max_length=64)), "llama"),
+    "qwen2-tied": (decoder_config(qkv_bias=True, tie_embeddings=True), "llama"),
+    "phi3": (
+        decoder_config(
+            RopeConfig(1e4, "su", 1.0, 64, 24, tuple(LONGROPE["short_factor"]), tuple(LONGROPE["long_factor"]))
+        ),
+        "phi3",
+    ),
+}
+"""By kind our configuration, and the layout of the published names."""
 
 
 @pytest.mark.parametrize("length", [20, 40])
-@pytest.mark.parametrize("kind", ["llama", "llama-linear", "qwen2-tied", "phi3-longrope"])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_decoder_logits(kind, length, tmp_path):
     torch.manual_seed(0)
-    theirs, config, layout = build(kind)
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # biases and norms start constant, which would hide mistakes
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    theirs.eval().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    flat = {}
+    theirs, (config, layout) = stir(language_model(kind)), DECODERS[kind]
+    theirs.save_pretrained(tmp_path)
     model = Decoder(config)
     ids = np.random.default_rng(0).integers(3, 97, (2, length))
     zeros = jnp.zeros((2, length), jnp.int32)
@@ -82,14 +53,9 @@ def test_decoder_logits(kind, length, tmp_path):
         return decoder.logits(decoder(decoder.embed(ids), structure, rope_length=length).hidden)
 
     shapes = small_shapes(model, jnp.asarray(ids), logits)
-    for row in names.decoder_rows(config, layout, ""):
-        skip = 0 if row.layers is None else 1
-        parts = [
-            row.transform.load(tensors.pop(name), [shapes[path][skip:] for path in row.paths]) for name in row.names()
-        ]
-        for index, path in enumerate(row.paths):
-            flat[path] = parts[0][index] if row.layers is None else np.stack([part[index] for part in parts])
-    assert not tensors
+    rows, files = names.decoder_rows(config, layout, ""), TensorFiles.of_folder(tmp_path)
+    hf.check_rows(rows, shapes, files, kind)
+    flat = {path: np.asarray(array) for path, array in hf.read_rows(rows, shapes, files).items()}
     params = unflatten(flat)["params"]["language_model"]
     with torch.no_grad():
         expected = theirs(torch.as_tensor(ids)).logits.numpy()
@@ -118,7 +84,7 @@ def test_llava_made_and_read_by_transformers(tmp_path):
         patch_size=14,
         initializer_range=0.2,
     )
-    text = transformers.LlamaConfig(**SIZES | {"vocab_size": 211}, rms_norm_eps=1e-6)
+    text = llama_config(vocab_size=211)
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=208, image_seq_length=16
     )
