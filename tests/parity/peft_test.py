@@ -24,6 +24,8 @@ SETTINGS = {
     "plain": {"target_modules": DECODER},
     "the tower too": {"target_modules": ["q_proj", "v_proj"]},
     "all linear and the tower": {"target_modules": "all-linear"},
+    "biases of the tower": {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"},
+    "all biases of the tower": {"target_modules": ["q_proj", "linear_1"], "bias": "all"},
     "with the projector": {"target_modules": DECODER, "modules_to_save": ["multi_modal_projector"]},
     "some layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
     "all linear": {"target_modules": "all-linear", "exclude_modules": ".*vision_tower.*"},
@@ -46,7 +48,11 @@ def with_random_factors(model, *, tower=False, **settings):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, **settings)).eval()
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
-        if ("lora_B" in name and (tower or "vision_tower" not in name)) or "modules_to_save" in name:
+        if (
+            ("lora_B" in name and (tower or "vision_tower" not in name))
+            or "modules_to_save" in name
+            or (parameter.requires_grad and name.endswith(".bias"))
+        ):
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted
 
