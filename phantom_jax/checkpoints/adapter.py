@@ -56,7 +56,7 @@ class Adapter:
       template: name of the conversation template that it was trained with; None where it is not known.
       naming: PEFT's names that it came with, one of `adapter_names.NAMINGS`; None for the default ones.
       settings: the `adapter_config.json` that it came with.
-      dropped: tensors that were left out because they change nothing: LoRA that leaked into the vision tower.
+      dropped: tensors that were left out because they change nothing: LoRA of the vision tower that was never trained.
     """
 
     config: VisionLanguageConfig

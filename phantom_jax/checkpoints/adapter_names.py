@@ -14,17 +14,17 @@ from phantom_jax.models.vlm import VisionLanguageConfig
 
 PREFIX = "base_model.model."
 
+_IN_MEMORY = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
 # By name: the layout whose table is taken, and the prefixes that are called otherwise in memory.
 NAMINGS = {
-    "llava-hf": (
-        "llava-hf",
-        {
-            "language_model.model.": "model.language_model.",
-            "language_model.lm_head.": "lm_head.",
-            "multi_modal_projector.": "model.multi_modal_projector.",
-            "vision_tower.vision_model.": "model.vision_tower.",
-        },
-    ),
+    "llava-hf": ("llava-hf", _IN_MEMORY | {"vision_tower.vision_model.": "model.vision_tower."}),
+    # transformers from 4.52 to 5.0: the tower has a level more.
+    "llava-hf-5.0": ("llava-hf", _IN_MEMORY | {"vision_tower.": "model.vision_tower."}),
     # transformers before 4.52.
     "llava-hf-4.51": ("llava-hf", {}),
     # Also that of a decoder without its tower.

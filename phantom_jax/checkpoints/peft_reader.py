@@ -43,10 +43,10 @@ def read(
     naming, table = _naming(keys, config, published)
     shapes = hf.shapes(config)
     pairs, whole = _sort_out(keys, files, where)
-    dropped = _leaked(pairs, files, where)
-    maps = linears(row for row in table if "vision_tower/" not in row.paths[0])
+    dropped = _leaked(pairs, files)
+    maps = linears(table)
     _check_names(pairs, whole, maps, table, where)
-    _check_complete(settings, pairs, maps, where)
+    _check_complete(settings, pairs, dropped, maps, where)
     low_rank = {}
     for linear in maps:
         low_rank |= _factors(linear, pairs, settings, shapes, files, where)
@@ -111,14 +111,13 @@ def _sort_out(keys: list[Key], files: TensorFiles, where: str) -> tuple[Pairs, d
     return pairs, whole
 
 
-def _leaked(pairs: Pairs, files: TensorFiles, where: str) -> list[str]:
-    """Takes factors of the vision tower out; PEFT makes them where its targets are meant for the decoder."""
+def _leaked(pairs: Pairs, files: TensorFiles) -> list[str]:
+    """Takes out factors of the vision tower that were never trained: PEFT makes them where its targets are meant for
+    the decoder."""
     leaked = []
     for module in [module for module in pairs if Key("", module).in_tower]:
-        pair = pairs.pop(module)
-        if all(np.any(files.read(name)) for name in pair.values()):
-            raise InputError(f"{where} adapts the vision tower ({module}), which is not supported: train it without")
-        leaked += pair.values()
+        if not all(np.any(files.read(name)) for name in pairs[module].values()):
+            leaked += pairs.pop(module).values()
     return leaked
 
 
@@ -136,11 +135,20 @@ def _check_names(
         )
 
 
-def _check_complete(settings: Mapping[str, Any], pairs: Pairs, maps: list[LinearMap], where: str) -> None:
-    modules = [name for linear in maps for name in linear.modules()]
+def _check_complete(
+    settings: Mapping[str, Any], pairs: Pairs, dropped: Iterable[str], maps: list[LinearMap], where: str
+) -> None:
     if not pairs:
-        raise InputError(f"{where} holds no tensor lora_A or lora_B for the language model or the projector")
-    missing = [name for name in modules if name not in pairs and peft_config.targeted(settings, name)]
+        raise InputError(f"{where} holds no tensor lora_A or lora_B that changes anything")
+    # The same targets mean the decoder alone where it was adapted without its tower.
+    with_tower = any(Key("", module).in_tower for module in pairs)
+    there = {*pairs, *(parse(name).module for name in dropped)}
+    missing = [
+        name
+        for linear in maps
+        for name in linear.modules()
+        if name not in there and (with_tower or not Key("", name).in_tower) and peft_config.targeted(settings, name)
+    ]
     if missing:
         raise InputError(
             f"{where} has target_modules={settings.get('target_modules')!r}, but no tensors for {len(missing)} of "

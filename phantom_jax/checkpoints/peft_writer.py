@@ -62,6 +62,16 @@ def write(adapter: Adapter, directory: pathlib.Path) -> None:
     others = list(_others(adapter, table))
     under = [tensor for tensor in others if tensor.name.endswith(_UNDER)]
     whole = [tensor for tensor in others if tensor not in under]
+    if layout != "llava-original":
+        # Without their weights they are what PEFT's setting `bias` has trained, and keeps by itself.
+        weights = {_module(tensor.name) for tensor in whole if not tensor.name.endswith(".bias")}
+        biases = [tensor for tensor in whole if _module(tensor.name) not in weights]
+        whole = [tensor for tensor in whole if tensor not in biases]
+        others = [tensor for tensor in others if tensor not in biases]
+        adapted = {module.name for module in modules if module.rank}
+        others += [_under_adapter(tensor) if _module(tensor.name) in adapted else tensor for tensor in biases]
+        if biases and settings["bias"] == "none":
+            settings["bias"] = "all"
     if layout != "llava-original" and not all(peft_config.saved_whole(settings, tensor.name) for tensor in whole):
         settings["modules_to_save"] = _modules_to_save(table, {tensor.name for tensor in whole})
     settings |= {
@@ -83,6 +93,14 @@ def write(adapter: Adapter, directory: pathlib.Path) -> None:
             write_json(directory / "vision_config.json", vision)
 
 
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _under_adapter(bias: Tensor) -> Tensor:
+    return dataclasses.replace(bias, name=f"{_module(bias.name)}.base_layer.bias")
+
+
 def _prefixed(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [dataclasses.replace(tensor, name=PREFIX + tensor.name) for tensor in tensors]
 
@@ -102,8 +120,8 @@ def _others(adapter: Adapter, table: Sequence[names.Row]) -> Iterator[Tensor]:
 
 def _modules_to_save(table: Sequence[names.Row], trained: set[str]) -> list[str]:
     """The modules of parameters that were trained: PEFT keeps modules, not parameters."""
-    modules = {name.rpartition(".")[0] for name in trained}
-    absent = {name for row in table for name in row.names() if name.rpartition(".")[0] in modules} - trained
+    modules = {_module(name) for name in trained}
+    absent = {name for row in table for name in row.names() if _module(name) in modules} - trained
     if absent:
         raise InputError(f"{', '.join(sorted(absent))} would have to be trained in full too: PEFT keeps whole modules")
     return sorted(modules)

@@ -68,12 +68,12 @@ def write(adapter, folder, form="peft"):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_map_of_every_family(golden, family, tmp_path):
     base, checkpoint = golden / family, hf.load(golden / family)
-    pairs = peft_folder.factors(base)
+    pairs = peft_folder.factors(base, tower=True)
     source = peft_folder.write(tmp_path / "peft", pairs, rename=naming(family))
     adapter = adapter_folder.read(source, checkpoint.description)
-    kernels = {path for path in flatten({"params": checkpoint.params}) if "vision_tower" not in path}
-    # What is no linear map: norms, biases and the embedding.
-    assert kernels - set(adapter.low_rank) == {p for p in kernels if p.split("/")[-1] in ("scale", "bias", "embedding")}
+    rest = set(checkpoint.flat()) - set(adapter.low_rank)
+    # What is no linear map: norms, biases, embeddings and the patches' convolution.
+    assert not [path for path in rest if path.split("/")[-1] == "kernel"]
     assert adapter.size == sum(a.size + b.size for a, b in pairs.values()) + packed_again(pairs)
     assert_merged(base, adapter, pairs)
 
@@ -87,7 +87,7 @@ def test_every_linear_map_of_every_family(golden, family, tmp_path):
 
 def packed_again(pairs):
     """Numbers of A that each kernel of a packed map has for itself."""
-    times = {"qkv_proj": 2, "wqkv": 2, "gate_up_proj": 1}
+    times = {"qkv": 2, "qkv_proj": 2, "wqkv": 2, "gate_up_proj": 1}
     return sum(a.size * times.get(module.rpartition(".")[2], 0) for module, (a, _) in pairs.items())
 
 
@@ -395,6 +395,51 @@ def test_what_leaked_into_the_tower_is_dropped(golden, tmp_path):
     assert not re.fullmatch(targets, "model.vision_tower.encoder.layers.0.self_attn.q_proj")
 
 
+TOWER_NAMES = {
+    "5.23": peft_folder.in_memory,
+    "4.52": lambda name: peft_folder.in_memory(name).replace("vision_tower.", "vision_tower.vision_model."),
+    "4.51": lambda name: name,
+}
+
+
+@pytest.mark.parametrize("rename", TOWER_NAMES.values(), ids=TOWER_NAMES.keys())
+def test_the_tower_under_its_names_of_all_versions(golden, rename, tmp_path):
+    base = golden / "llava-hf"
+    pairs = peft_folder.factors(base, lambda module: module.endswith(("q_proj", "out_proj", "fc1")), tower=True)
+    settings = {"rename": rename, "target_modules": ["q_proj", "out_proj", "fc1"]}
+    source = peft_folder.write(tmp_path / "peft", pairs, **settings)
+    adapter = adapter_folder.read(source, hf.read_config(base))
+    assert {path.split("/kernel")[0] for path in adapter.low_rank} == {
+        "params/language_model/layers/attention/query",
+        *(f"{tree}/vision_tower/layers/{name}" for tree in ("params", "unused") for name in ("query", "out", "up")),
+    }
+    assert not adapter.dropped
+    assert_merged(base, adapter, pairs)
+    target = write(adapter, tmp_path / "again")
+    assert_same_files(target, source)
+    assert json.loads((target / "adapter_config.json").read_text())["target_modules"] == settings["target_modules"]
+
+
+def test_layers_of_the_tower_that_were_not_reached(golden, tmp_path):
+    """Training never changes those behind the one that is read, and PEFT keeps their zeros."""
+    base = golden / "llava-hf"
+    pairs = peft_folder.factors(base, lambda module: module.endswith("q_proj"), tower=True)
+    last = "vision_tower.vision_model.encoder.layers.2.self_attn.q_proj"
+    a, b = pairs[last]
+    settings = {"rename": peft_folder.in_memory, "target_modules": ["q_proj"]}
+    source = peft_folder.write(tmp_path / "peft", pairs | {last: (a, 0 * b)}, **settings)
+    adapter = adapter_folder.read(source, hf.read_config(base))
+    assert len(adapter.dropped) == 2 and all("encoder.layers.2" in name for name in adapter.dropped)
+    del pairs[last]
+    assert_merged(base, adapter, pairs)
+    target = write(adapter, tmp_path / "again")
+    clean = peft_folder.write(tmp_path / "clean", pairs, **settings)
+    assert_same_files(target, clean)
+    assert_merged(base, adapter_folder.read(target, hf.read_config(base)), pairs)
+    with pytest.raises(InputError, match=r"no tensors for 1 of them: model\.vision_tower\.encoder\.layers\.2"):
+        adapter_folder.read(clean, hf.read_config(base))
+
+
 A, B = np.ones((4, 64), np.float32), np.ones((64, 4), np.float32)
 Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
 WRONG_SETTINGS = {
@@ -431,7 +476,6 @@ def test_settings_that_are_not_supported(golden, settings, message, tmp_path):
 
 
 WRONG_TENSORS = {
-    "tower": (tower(1), "adapts the vision tower"),
     "embedding": ({"base_model.model.model.language_model.embed_tokens.lora_embedding_A": A}, "LoRA on the embedding"),
     "dora": ({f"{Q}.lora_magnitude_vector.weight": A[0]}, "DoRA"),
     "bias of B": ({f"{Q}.lora_B.bias": A[0]}, "LoRA with a bias"),

@@ -8,15 +8,16 @@ from safetensors.numpy import load_file, save_file
 
 PREFIX = "base_model.model."
 LINEAR = re.compile(
-    r"(.*\.)?(layers\.\d+\..*(_proj|wqkv|wo|w[123]|linear_[qkvo]|gating_phantom_[12])|lm_head|output|"
+    r"(.*\.)?(layers\.\d+\..*(_proj|fc[12]|attn\.(qkv|proj)|wqkv|wo|w[123]|linear_[qkvo]|gating_phantom_[12])|lm_head|output|"
     r"vision_proj\.[13]|mm_projector(\.[02])?|multi_modal_projector\.linear_[12])"
 )
 IN_MEMORY = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head": "lm_head",
     "multi_modal_projector.": "model.multi_modal_projector.",
+    "vision_tower.vision_model.": "model.vision_tower.",
 }
-"""How transformers since 4.52 calls what `llava-hf` has on disk."""
+"""How transformers 5.23 calls what `llava-hf` has on disk."""
 
 
 def in_memory(name):
@@ -32,21 +33,21 @@ def weights(base):
 
 
 def linears(base):
-    """Weights [out, in] of the linear maps outside the tower, by published module."""
+    """Weights [out, in] of the linear maps, by published module."""
     found = {}
     for name, weight in weights(base).items():
         module = name.removesuffix(".weight")
-        if module != name and "vision_tower" not in name and "vision_model" not in name and LINEAR.fullmatch(module):
+        if module != name and LINEAR.fullmatch(module):
             found[module] = weight
     return found
 
 
-def factors(base, choose=lambda module: True, rank=lambda module: 4, seed=0):
-    """Random A [r, in] and B [out, r] by published module."""
+def factors(base, choose=lambda module: True, rank=lambda module: 4, seed=0, *, tower=False):
+    """Random A [r, in] and B [out, r] by published module, with those of the vision tower or without."""
     rng = np.random.default_rng(seed)
     pairs = {}
     for module, weight in linears(base).items():
-        if choose(module):
+        if choose(module) and (tower or not re.search("vision_(tower|model)", module)):
             r = rank(module)
             a = rng.normal(size=(r, weight.shape[1])).astype(weight.dtype)
             pairs[module] = (a, rng.normal(size=(weight.shape[0], r)).astype(weight.dtype))

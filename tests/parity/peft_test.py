@@ -22,6 +22,10 @@ from tests.checkpoints import peft_folder
 DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "plain": {"target_modules": DECODER},
+    "the tower too": {"target_modules": ["q_proj", "v_proj"]},
+    "all linear and the tower": {"target_modules": "all-linear"},
+    "biases of the tower": {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"},
+    "all biases of the tower": {"target_modules": ["q_proj", "linear_1"], "bias": "all"},
     "with the projector": {"target_modules": DECODER, "modules_to_save": ["multi_modal_projector"]},
     "some layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
     "all linear": {"target_modules": "all-linear", "exclude_modules": ".*vision_tower.*"},
@@ -39,12 +43,16 @@ def llava(golden):
     return transformers.LlavaForConditionalGeneration.from_pretrained(golden / "llava-hf", dtype=torch.float32).eval()
 
 
-def with_random_factors(model, **settings):
-    """The model with an adapter that changes something; factors in the tower stay as PEFT begins them."""
+def with_random_factors(model, *, tower=False, **settings):
+    """The model with an adapter that changes something; without `tower`, factors there stay as PEFT begins them."""
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, **settings)).eval()
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
-        if ("lora_B" in name and "vision_tower" not in name) or "modules_to_save" in name:
+        if (
+            ("lora_B" in name and (tower or "vision_tower" not in name))
+            or "modules_to_save" in name
+            or (parameter.requires_grad and name.endswith(".bias"))
+        ):
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted
 
@@ -84,9 +92,10 @@ def load_exactly(model, folder):
     return adapted
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_logits_both_ways(golden, settings, tmp_path):
-    theirs = with_random_factors(llava(golden), task_type="CAUSAL_LM", **settings)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_both_ways(golden, name, tmp_path):
+    tower = "tower" in name
+    theirs = with_random_factors(llava(golden), tower=tower, task_type="CAUSAL_LM", **SETTINGS[name])
     theirs.save_pretrained(tmp_path / "peft")
     base = hf.load(golden / "llava-hf")
     for_them, for_us = batch_of(base.config, base.tokens.image)
@@ -98,12 +107,13 @@ def test_logits_both_ways(golden, settings, tmp_path):
     adapter = adapter_folder.read(tmp_path / "peft", base.description)
     np.testing.assert_allclose(logits_of(merge(base, adapter), for_us), expected, rtol=0, atol=1e-4)
 
+    assert tower == any("/vision_tower/" in path for path in adapter.low_rank)
     (tmp_path / "again").mkdir()
     adapter_folder.write(adapter, tmp_path / "again", format="peft")
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
-    assert set(after) == {name for name in before if name not in adapter.dropped}
-    assert all(torch.equal(after[name], before[name]) for name in after)
-    assert set(adapter.dropped) == {name for name in before if "vision_tower" in name}
+    before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "again"))
+    assert set(after) == {key for key in before if key not in adapter.dropped}
+    assert all(torch.equal(after[key], before[key]) for key in after)
+    assert set(adapter.dropped) == {key for key in before if "vision_tower" in key and not tower}
     with torch.no_grad():
         again = load_exactly(llava(golden), tmp_path / "again")(**for_them).logits.numpy()
     np.testing.assert_allclose(again, expected, rtol=0, atol=1e-5)
