@@ -1,5 +1,6 @@
 """What a published folder holds beside the tokenizer for other libraries to prepare texts and images with."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -7,6 +8,7 @@ from absl import logging
 
 from phantom_jax.data import chat_template
 from phantom_jax.data.conversation import IMAGE_MARK
+from phantom_jax.data.tokenizer import begin_token
 from phantom_jax.json_files import write_json
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import Processor
@@ -30,6 +32,9 @@ def save_published(
     # The original code takes a text apart at the mark itself.
     original = layout == "llava-original"
     image = IMAGE_MARK if original else template.image_begin + template.image_token + template.image_end
+    if layout == "llava-hf" and template.begin == begin_token(processor.tokenizer):
+        # A LLaVA processor of transformers encodes the rendered text with the tokens that the tokenizer adds.
+        template = dataclasses.replace(template, begin="")
     jinja = chat_template.to_jinja(template, processor.tokenizer, image=image)
     (directory / chat_template.FILE).write_text(jinja, encoding="utf-8")
     if layout != "llava-hf":

@@ -52,6 +52,12 @@ def pad_token(tokenizer: tokenizers.Tokenizer) -> str | None:
     return next((token for token in _PADS if tokenizer.token_to_id(token) is not None), None)
 
 
+def begin_token(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The special token that the tokenizer puts before every text, if there is one."""
+    encoded = tokenizer.encode("a")
+    return encoded.tokens[0] if encoded.special_tokens_mask[:1] == [1] else None
+
+
 def save_tokenizer(
     tokenizer: tokenizers.Tokenizer, directory: str | os.PathLike, *, end_of_answer: str, begin_of_text: str = ""
 ) -> None:
