@@ -279,7 +279,8 @@ def _how_to_load(layout: str, target: str, written: Checkpoint | Adapter) -> lis
     served = None
     if isinstance(written, Adapter):
         # Of a folder in our own layout PEFT knows nothing, whatever it is trained over.
-        over = "ours" if layout == "ours" else written.published.format
+        over = written.published.format
+        over = "ours" if layout == "ours" and over == "llava-hf" else over
         lines = adapter_lines(over, target, base=written.base or None)
     elif layout != "ours" and not written.published.tower_inside:
         command = f"phantom-jax convert --source={shlex.quote(target)} --vision=CLIP --target=NEW --to=ours"

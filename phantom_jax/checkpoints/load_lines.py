@@ -40,6 +40,8 @@ def load_lines(layout: str, path: str | os.PathLike[str]) -> list[str]:
 def adapter_lines(base_layout: str, path: str | os.PathLike[str], *, base: str | None = None) -> list[str]:
     """Lines of Python after which `model` is a model with an adapter; over a `llava-hf`, also those for PEFT.
 
+    LLaVA's own code names a language model as the base of its adapters: the model is put together first.
+
     Args:
       base_layout: that of the model, one of `layouts.MODEL_LAYOUTS`.
       path: the adapter's folder.
@@ -49,6 +51,14 @@ def adapter_lines(base_layout: str, path: str | os.PathLike[str], *, base: str |
       InputError: there is no such layout.
     """
     check_name("layout", base_layout, MODEL_LAYOUTS)
+    if base_layout == "llava-original":
+        command = f"phantom-jax convert --vision=CLIP --llm={shlex.quote(base or _BASE)} --target=MODEL --to=ours"
+        return [
+            "# where the base is a language model, put the model together first, with its folder and CLIP's:",
+            f"# {command}",
+            "import phantom_jax",
+            f"model = phantom_jax.load('MODEL', adapter={os.fspath(path)!r})",
+        ]
     path, base = repr(os.fspath(path)), repr(base or _BASE)
     lines = ["import phantom_jax", f"model = phantom_jax.load({base}, adapter={path})"]
     if base_layout == "llava-hf":

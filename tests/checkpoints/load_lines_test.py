@@ -41,6 +41,9 @@ def test_adapter_names_its_base():
     assert sum("'llava-hf/llava-1.5-7b-hf'" in line for line in lines) == 2
     assert sum("'BASE'" in line for line in adapter_lines("llava-hf", "out/adapter")) == 2
     assert not any("peft" in line for line in adapter_lines("phantom", "out/adapter")), "PEFT has no such model"
+    lines = adapter_lines("llava-original", "out/adapter", base="lmsys/vicuna-7b-v1.5")
+    assert any("--llm=lmsys/vicuna-7b-v1.5" in line for line in lines), "a language model alone is no model to load"
+    assert lines[-1] == "model = phantom_jax.load('MODEL', adapter='out/adapter')"
 
 
 @pytest.mark.parametrize("path", PATHS)
