@@ -279,6 +279,11 @@ def detect_format(config: Mapping[str, Any]) -> str:
     if kind in ("llava", "llava_llama"):
         original = "mm_vision_tower" in config or "LlavaLlamaForCausalLM" in architectures(config)
         return "llava-original" if original else "llava-hf"
+    if kind == "internvl_chat":
+        raise InputError(
+            "config.json has model_type='internvl_chat', an InternVL2: it is a parent of a Phantom, give its folder to "
+            "convert as --vision, --llm and --projector"
+        )
     raise InputError(
         f"config.json has model_type={kind!r}: checkpoints of Phantom (phantom), llava-hf and the original LLaVA "
         "(llava, llava_llama) are supported; of a language model and a tower `convert --llm= --vision=` makes one"
@@ -301,6 +306,11 @@ def read(
       InputError: it describes something else, or something that is not supported.
     """
     layout = detect_format(config)
+    if config.get("quantization_config"):
+        raise InputError(
+            f"config.json has quantization_config={config['quantization_config']!r:.100}: weights in few bits of other "
+            "libraries are not supported, take the 16-bit model"
+        )
     try:
         if layout == "phantom":
             return _read_phantom(config)
@@ -463,6 +473,8 @@ def write(
     # Parts may name a dtype of their own, and it is no longer true after a cast.
     for part in (whole, *(value for value in whole.values() if isinstance(value, dict))):
         part |= {key: dtype for key in ("dtype", "torch_dtype") if isinstance(part.get(key), str)}
+        # It names code that does not come with the weights.
+        part.pop("auto_map", None)
     return whole, beside
 
 

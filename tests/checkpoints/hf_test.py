@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -292,6 +293,8 @@ def test_nothing_is_overwritten(golden, tmp_path):
         ({"llm_config": {"num_key_value_heads": 3}}, "4 query heads are no multiple of 3"),
         ({"llm_config": {"hidden_size": "x"}}, "hidden_size='x': it must be a whole number"),
         ({"vision_config": {"norm_type": "group_norm"}}, "vision norm 'group_norm' does not exist"),
+        ({"quantization_config": ["awq"]}, "quantization_config=.*take the 16-bit model"),
+        ({"model_type": "internvl_chat"}, "an InternVL2: .* --vision, --llm and --projector"),
         ({"eos_token_id": None, "llm_config": {"eos_token_id": None}}, "has no 'eos_token_id'"),
     ],
 )
@@ -301,3 +304,13 @@ def test_configs_that_mean_another_function_are_refused(golden, change, message)
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
     with pytest.raises(InputError, match=message):
         hf_config.read(config)
+
+
+def test_code_that_does_not_come_along_is_not_named(golden, tmp_path):
+    checkpoint = hf.load(golden / "phantom-1.8b")
+    config = {**checkpoint.published.config, "auto_map": {"AutoModel": "modeling.Model"}}
+    config["llm_config"] = {**config["llm_config"], "auto_map": {"AutoModel": "modeling.Model"}}
+    published = dataclasses.replace(checkpoint.published, config=config)
+    written, _ = hf_config.write(checkpoint.config, published, checkpoint.tokens, "float32")
+    assert "auto_map" not in json.dumps(written)
+    assert "auto_map" in config and "auto_map" in config["llm_config"], "what was read stays as it is"
