@@ -61,14 +61,25 @@ def begin_token(tokenizer: tokenizers.Tokenizer) -> str | None:
 def save_tokenizer(
     tokenizer: tokenizers.Tokenizer, directory: str | os.PathLike, *, end_of_answer: str, begin_of_text: str = ""
 ) -> None:
-    """Writes what `transformers.AutoTokenizer` loads: tokenizer.json and the two files beside it."""
+    """Writes what `transformers.AutoTokenizer` loads: tokenizer.json and the two files beside it.
+
+    Args:
+      tokenizer: to write.
+      directory: the folder; it is made where it does not exist.
+      end_of_answer: the special token that ends an answer.
+      begin_of_text: the special token that texts begin with; by default the one that the tokenizer puts there.
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / TOKENIZER))
     names = {"eos_token": end_of_answer, "pad_token": pad_token(tokenizer) or end_of_answer}
-    if begin_of_text:
-        names["bos_token"] = begin_of_text
     special = [added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special]
+    # A name makes a special token of what it names, and texts that hold it would be encoded otherwise.
+    found = {
+        "bos_token": begin_of_text or begin_token(tokenizer),
+        "unk_token": getattr(tokenizer.model, "unk_token", None),
+    }
+    names |= {name: token for name, token in found.items() if token in special}
     extra = [token for token in special if token not in names.values()]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

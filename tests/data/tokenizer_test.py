@@ -11,6 +11,7 @@ from phantom_jax.data import tokenizer as small
 from phantom_jax.data.number_questions import PHRASINGS
 from phantom_jax.errors import InputError
 from tests.data import small_tokenizers
+from tests.tiny_tokenizers import llama
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,21 @@ def test_a_tokenizer_without_its_own_padding_pads_with_the_end(tmp_path):
     small.save_tokenizer(other, tmp_path, end_of_answer="<|end|>")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["eos_token"] == config["pad_token"]
+
+
+def test_first_and_unknown_tokens_are_named_where_they_are_special(tmp_path):
+    other = llama("first")
+    small.save_tokenizer(other, tmp_path, end_of_answer="</s>")
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        names = json.loads((tmp_path / file).read_text())
+        assert (names["bos_token"], names["unk_token"], names["eos_token"]) == ("<s>", "<unk>", "</s>")
+        assert names["additional_special_tokens"] == ["<image>"]
+    content = json.loads(other.to_str())
+    content["added_tokens"] = [added for added in content["added_tokens"] if added["content"] != "<unk>"]
+    content["post_processor"] = None
+    small.save_tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), tmp_path, end_of_answer="</s>")
+    names = json.loads((tmp_path / "special_tokens_map.json").read_text())
+    assert not {"bos_token", "unk_token"} & set(names)
 
 
 KINDS = {"byte-level": small_tokenizers.byte_level, "llama-like": small_tokenizers.llama_like}

@@ -158,6 +158,8 @@ def test_the_tokenizer_alone(kind, golden, tmp_path):
     assert len(theirs) == ours.tokenizer.get_vocab_size()
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.end_id, ours.pad_id)
     assert theirs.convert_ids_to_tokens(ours.image_token_id) == "<image>"
+    # The model of the byte-level one has no token for what it does not know.
+    assert (theirs.bos_token, theirs.unk_token) == ("<s>", None if kind == "bytes" else "<unk>")
     for text in texts(200):
         assert theirs(text)["input_ids"] == ours.tokenizer.encode(text).ids
 
@@ -254,6 +256,7 @@ def test_internlm2_from_its_model_file(golden, tmp_path):
     publish(ours, target, "phantom", golden)
     theirs = transformers.AutoTokenizer.from_pretrained(target, local_files_only=True)
     assert len(theirs) == ours.tokenizer.get_vocab_size()
+    assert (theirs.bos_token, theirs.unk_token) == ("<s>", "<unk>")
     turns = [("<image>What is  it? 猫", "A cat. 😀"), ("Why?", None)]
     ids = theirs.apply_chat_template(messages(turns), add_generation_prompt=True, return_dict=False)
     assert ids == ours.encode_conversation(turns, [1]).token_ids.tolist()
