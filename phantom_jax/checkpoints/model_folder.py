@@ -189,17 +189,17 @@ def appearing(path: str | os.PathLike[str], *, needed: int = 0) -> Iterator[path
             )
         try:
             yield scratch
+            # The new name is on the disk at once: what it stands for must be there before.
+            for folder, _, files in os.walk(scratch):
+                for file in files:
+                    _sync(os.path.join(folder, file))
+                _sync(folder)
         except Exception as error:
             if _disk_is_full(error):
                 raise InputError(
                     f"the disk of {str(path)!r} became full: nothing was left there, make room or choose another disk"
                 ) from error
             raise
-        # The name is on the disk at once: what it stands for must be there before.
-        for folder, _, files in os.walk(scratch):
-            for file in files:
-                _sync(os.path.join(folder, file))
-            _sync(folder)
         check_new(path)
         # Takes the place of an empty folder. The lock goes last: without it another process might take the folder over.
         scratch.rename(target)
