@@ -21,6 +21,10 @@ from phantom_jax.errors import InputError
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("xla", "chunked")
+REMAT = ("none", "dots", "names", "full")
+STRATEGIES = ("zero3", "zero2", "tensor", "zero3_tensor")
+QUANTIZE = ("none", "int8", "nf4")
+WRITERS = ("tensorboard", "wandb")
 
 OBJECTIVES = {
     "sft": {},
@@ -48,11 +52,15 @@ OPTIMIZER = {
 GROUP = {"patterns": (), "learning_rate": 0.0, "weight_decay": 0.0, "decay_vectors": False}
 """What a parameter group may hold. `patterns` is needed; what else it does not hold it has from the optimizer."""
 
+LINEARS = ("language_model/layers/**",)
+"""The linear maps of the decoder's layers: seven in each, and neither embeddings nor head."""
+
 PHASE = {
     "name": "",
     "trainable": ("**",),
     "objective": {"name": "sft"},
     "data": {
+        "sources": {},
         "split": "train",
         "questions_per_image": 1,
         "images_per_row": 1,
@@ -65,37 +73,61 @@ PHASE = {
     "steps": 0,
     "optimizer": OPTIMIZER,
     "groups": (),
+    "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "patterns": LINEARS},
+    "quantize": {"kind": "none", "patterns": LINEARS},
 }
 """One phase. `trainable` are globs over parameter paths, see `phantom_jax.training.state`. `batch_size` counts the rows
-of a step, over all micro-batches and devices. A `max_digits` of 0 takes images of any number of digits."""
+of a step, over all micro-batches and devices. A `max_digits` of 0 takes images of any number of digits. `data.sources`
+are weights by the name of a data set; none is all of the run's `data.name`. A `lora.rank` of 0 is no adapter. The
+patterns of `lora` and `quantize` are globs over the kernels of linear maps: those that are adapted, and those whose
+frozen values are kept in few bits."""
 
 DEFAULTS = {
     "seed": 0,
-    "model": {"name": "", "dtype": "float32", "attention_backend": "xla"},
+    "model": {"name": "", "weights": "", "dtype": "float32", "attention_backend": "xla", "remat": "none"},
+    "mesh": {"strategy": "zero3", "data": 1, "fsdp": 1, "tensor": 1, "seq": 1},
     "data": {"name": "handwritten_numbers", "data_dir": ""},
     "processor": {"template": "qwen2", "tile_size": 448, "max_tiles": 6, "max_length": 2048},
     "phases": (),
     "validation": {"every": 0, "split": "validation", "batch_size": 16, "images": 0},
     "checkpoint": {"every": 500, "keep": 3},
     "log_every": 1,
+    "writers": (),
+    "profile": {"first_step": 0, "num_steps": 0},
     "max_skipped_in_a_row": 10,
 }
-"""A whole run. `model` also takes overrides of that model, which the model checks. `every` counts steps over all
-phases, 0 is never (phases always end with a checkpoint, and with validation where it is on). `images` 0 is all of the
-split. `max_skipped_in_a_row` steps skipped one after another, since loss or gradient was not finite, end the run."""
+"""A whole run. `model` also takes overrides of that model, which the model checks. `model.weights` is the folder of a
+model to begin with, ours or a published one; without it parameters are drawn at random. One axis of the mesh may be -1,
+which takes the devices that the others leave. `profile` traces `num_steps` steps from that one on, counted over all
+phases. `every` counts steps over all phases, 0 is never (phases always end with a checkpoint, and with validation where
+it is on). `images` 0 is all of the split. `max_skipped_in_a_row` steps skipped one after another, since loss or
+gradient was not finite, end the run."""
 
-_OPEN = {"model", "phases[].data.kind_weights"}
+_OPEN = {"model", "phases[].data.kind_weights", "phases[].data.sources"}
 """Sections with keys of their own, checked by who reads them."""
 
 _DECIDES_NOTHING = (
     "data.data_dir",
     "log_every",
+    "writers",
+    "profile.first_step",
+    "profile.num_steps",
     "checkpoint.every",
     "checkpoint.keep",
     "validation.batch_size",
     "phases[].data.threads",
 )
 """Keys that may change between a run and its continuation."""
+
+_CHOICES = {
+    "schedule": SCHEDULES,
+    "attention_backend": ATTENTION_BACKENDS,
+    "dtype": DTYPES,
+    "remat": REMAT,
+    "strategy": STRATEGIES,
+    "kind": QUANTIZE,
+}
+"""Words that a key may have, wherever it stands."""
 
 _NOT_NEGATIVE = (
     "end_learning_rate",
@@ -109,9 +141,13 @@ _NOT_NEGATIVE = (
     "beta",
     "gamma",
     "sft_weight",
+    "first_step",
+    "num_steps",
+    "rank",
 )
 _POSITIVE = (
     "learning_rate",
+    "alpha",
     "batch_size",
     "accumulation",
     "steps",
@@ -312,7 +348,11 @@ def _check_value(path: str, key: str, value: Any, default: Any) -> Iterator[str]
     if kind is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             yield f"{path} is {value!r}; it must be a tuple of strings."
-        elif not value:
+        elif key == "writers":
+            yield from (
+                f"{path} holds {one!r}; it may hold {', '.join(WRITERS)}." for one in value if one not in WRITERS
+            )
+        elif not value and key != "trainable":
             yield f"{path} is empty; it must hold at least one pattern: '**' is everything."
         return
     right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
@@ -324,19 +364,22 @@ def _check_value(path: str, key: str, value: Any, default: Any) -> Iterator[str]
         yield f"{path} is {value!r}; it must be larger than 0."
     elif key in _NOT_NEGATIVE and value < 0:
         yield f"{path} is {value!r}; it must be 0 or larger."
-    elif key in ("b1", "b2", "warmup_fraction") and not 0 <= value < 1:
+    elif path.startswith("mesh.") and kind is int and value < 1 and value != -1:
+        yield f"{path} is {value!r}; it must be 1 or larger, or -1 for the devices that the other axes leave."
+    elif key in ("b1", "b2", "warmup_fraction", "dropout") and not 0 <= value < 1:
         yield f"{path} is {value!r}; it must be at least 0 and less than 1."
-    elif key == "schedule" and value not in SCHEDULES:
-        yield f"{path} is {value!r}; it must be one of {', '.join(SCHEDULES)}."
-    elif key == "attention_backend" and value not in ATTENTION_BACKENDS:
-        yield f"{path} is {value!r}; it must be one of {', '.join(ATTENTION_BACKENDS)}."
-    elif key == "dtype" and value not in DTYPES:
-        yield f"{path} is {value!r}; it must be one of {', '.join(DTYPES)}."
+    elif value not in _CHOICES.get(key, (value,)):
+        near = difflib.get_close_matches(str(value), _CHOICES[key], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        yield f"{path} is {value!r}; it must be one of {', '.join(_CHOICES[key])}.{hint}"
 
 
 def _check_run(values: Mapping) -> Iterator[str]:
     if not values["model"]["name"]:
         yield "model.name is empty; set it to a model of phantom_jax.models.zoo, 'phantom-0.5b' for instance."
+    rest = [axis for axis, size in values["mesh"].items() if size == -1]
+    if len(rest) > 1:
+        yield f"mesh.{rest[0]} and mesh.{rest[1]} are both -1; one axis at most takes the devices that are left."
     if not values["phases"]:
         yield "phases is empty; a run needs at least one, see default_phase."
     names = [phase["name"] for phase in values["phases"]]
@@ -354,6 +397,8 @@ def _check_phase(phase: Mapping, prefix: str) -> Iterator[str]:
             f"{prefix}batch_size is {rows}, which {prefix}accumulation, {parts}, does not divide; set batch_size to a"
             f" multiple, {parts * -(-rows // parts)} for instance."
         )
+    if not phase["trainable"] and not phase["lora"]["rank"]:
+        yield f"{prefix}trainable is empty and {prefix}lora.rank is 0, so nothing trains; '**' is everything."
     optimizer = phase["optimizer"]
     if optimizer["schedule"] != "constant" and optimizer["end_learning_rate"] > optimizer["learning_rate"]:
         yield (

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phantom_jax.batch import Batch
+from phantom_jax.config import DEFAULTS
 from phantom_jax.errors import InputError
 from phantom_jax.training.state import Params, cast
 from phantom_jax.training.step import Score
@@ -87,7 +88,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
 
     def train_iterator(index):
         phase = config["phases"][index]
-        options = {key: value for key, value in phase["data"].items() if key not in ("split", "threads")}
+        options = {key: value for key, value in phase["data"].items() if key not in ("sources", "split", "threads")}
         return pipeline.train_iterator(
             open_split(phase["data"]["split"]),
             processor,
@@ -132,7 +133,7 @@ def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
 def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
     from phantom_jax.models import zoo
 
-    overrides = {key: value for key, value in settings.items() if key not in ("name", "dtype", "attention_backend")}
+    overrides = {key: value for key, value in settings.items() if key not in DEFAULTS["model"]}
     config = zoo.get_config(settings["name"], **{"vocab_size": tokens, **overrides})
     if config.language_model.vocab_size < tokens:
         raise InputError(

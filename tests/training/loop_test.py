@@ -15,6 +15,8 @@ import pytest
 from phantom_jax.checkpoints import manager as checkpoints
 from phantom_jax.errors import Diverged, InputError, Preempted
 from phantom_jax.training import loop
+from phantom_jax.training.phase import Phase
+from phantom_jax.training.workdir import sole_owner
 from tests.training.toy import Scores, SelfStopping, ToyIterator, make_task, score, toy_config
 
 TIMES = ("tokens_per_second", "images_per_second", "data_wait")
@@ -39,8 +41,8 @@ def final_state(workdir):
     data, meta = checkpoints.restore_meta(manager, step)
     config = json.loads((workdir / "config.json").read_text())
     shapes = jax.eval_shape(make_task().init_params, jax.random.key(0))
-    phase = loop._Phase(config, meta["progress"]["phase"], make_task(), shapes, print)
-    state = checkpoints.restore_state(manager, step, phase.abstract_state())
+    last = Phase(config, meta["progress"]["phase"], make_task(), shapes, print)
+    state = checkpoints.restore_state(manager, step, last.abstract_state())
     manager.close()
     return jax.device_get(state), data, meta
 
@@ -303,7 +305,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(whole):
 
 
 def test_a_workdir_has_one_process(tmp_path):
-    with loop._sole_owner(tmp_path), pytest.raises(InputError, match="is in use: another process"):
+    with sole_owner(tmp_path), pytest.raises(InputError, match="is in use: another process"):
         run(tmp_path, toy_config())
     run(tmp_path, toy_config())
 

@@ -1,0 +1,210 @@
+"""One phase of a run: its state, its compiled steps and its loop."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from phantom_jax.errors import Diverged, Preempted
+from phantom_jax.objectives import OBJECTIVES
+from phantom_jax.training import metrics as metrics_lib
+from phantom_jax.training.optimizer import make_optimizer
+from phantom_jax.training.state import Params, TrainState, split, start_phase
+from phantom_jax.training.step import make_train_step, make_validation_step
+from phantom_jax.training.task import DataIterator, Task
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+      phase: index of the phase.
+      phase_step: steps done of it.
+      step: steps done over all phases; names checkpoints.
+      tokens: real tokens seen over all phases.
+      images: images seen over all phases.
+    """
+
+    phase: int = 0
+    phase_step: int = 0
+    step: int = 0
+    tokens: int = 0
+    images: int = 0
+
+
+class Phase:
+    """One phase: its state, its compiled steps and its loop."""
+
+    def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, say: Say):
+        phase = config["phases"][index]
+        self.name, self.steps = phase["name"], phase["steps"]
+        self._config, self._task, self._say = config, task, say
+        optimizer = make_optimizer(
+            phase["optimizer"],
+            split(shapes, phase["trainable"])[0],
+            groups=phase["groups"],
+            steps=phase["steps"],
+        )
+
+        def start(params):
+            return start_phase(
+                params,
+                patterns=phase["trainable"],
+                init_optimizer=optimizer.init,
+                compute_dtype=config["model"]["dtype"],
+            )
+
+        self._start, self._shapes = start, shapes
+        objective = dict(phase["objective"])
+        step = make_train_step(
+            task.score, OBJECTIVES[objective.pop("name")](**objective), optimizer, accumulation=phase["accumulation"]
+        )
+        self._meter = metrics_lib.Meter()
+        self._step = _Compiled(jax.jit(step, donate_argnums=0), f"{self.name} step", self._announce)
+        self._validate = _Compiled(jax.jit(make_validation_step(task.score)), f"{self.name} validation", self._announce)
+
+    def _announce(self, line: str) -> None:
+        self._meter.pause()
+        self._say(line)
+
+    def start(self, params: Params | None) -> TrainState:
+        """The state before the first step, from the phase before or from a fresh initialisation."""
+        if params is not None:
+            return jax.jit(self._start)(params)
+        key = jax.random.key(self._config["seed"])
+        return jax.jit(lambda key: self._start(self._task.init_params(key)))(key)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and places of the state, to restore into."""
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(self._start, self._shapes),
+        )
+
+    def run(
+        self,
+        state: TrainState,
+        iterator: DataIterator,
+        progress: Progress,
+        *,
+        log: metrics_lib.MetricsLog,
+        save: Callable[[TrainState, Any], None],
+        stop: threading.Event,
+        total_steps: int,
+    ) -> TrainState:
+        """Does what is left of the phase, counting in `progress`."""
+        meter, pending = self._meter, None
+        while progress.phase_step < self.steps:
+            meter.step_begins()
+            # Arrays cross between host and device where it says device_put or device_get, and nowhere else.
+            with jax.transfer_guard("disallow"):
+                batch = next(iterator)
+                meter.data_arrived()
+                state, metrics = self._step(state, jax.device_put(dict(batch)))
+                tokens, images = metrics_lib.count_tokens(batch), metrics_lib.count_images(batch)
+                progress.phase_step += 1
+                progress.step += 1
+                progress.tokens += tokens
+                progress.images += images
+                # The metrics of the step before: fetching them does not wait for the step just dispatched.
+                self._record(pending, log)
+            pending = (dataclasses.replace(progress), total_steps, metrics)
+
+            ends = progress.phase_step == self.steps
+            stopped = stop.is_set()
+            validates = self._is_due("validation", progress, ends)
+            saves = stopped or ends or self._is_due("checkpoint", progress)
+            if validates or saves:
+                # Nothing else waits for this step, and its time is its own.
+                jax.block_until_ready(metrics)
+            meter.step_ends(tokens, images)
+            if validates or saves:
+                self._record(pending, log)
+                pending = None
+            if validates:
+                self._run_validation(state, progress, log)
+            if saves:
+                save(state, iterator.get_state())
+            if stopped and not (ends and progress.step == total_steps):
+                raise Preempted(
+                    f"Stopped as asked after step {progress.step}/{total_steps}, which is saved. Start again to go on."
+                )
+        return state
+
+    def _is_due(self, what: str, progress: Progress, ends: bool = False) -> bool:
+        every = self._config[what]["every"]
+        return bool(every) and (ends or progress.step % every == 0)
+
+    def _record(self, pending: tuple | None, log: metrics_lib.MetricsLog) -> None:
+        if pending is None:
+            return
+        progress, total_steps, metrics = pending
+        values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+        record = {"step": progress.step, "phase": self.name, **values, "train/num_tokens": progress.tokens}
+        ends = progress.phase_step == self.steps
+        if progress.phase_step % self._config["log_every"] == 0 or ends:
+            record |= {f"train/{name}": value for name, value in self._meter.read().items()}
+            line = metrics_lib.step_line(
+                step=progress.phase_step,
+                steps=self.steps,
+                phase=self.name,
+                metrics=record,
+                eta=self._meter.remaining_seconds(total_steps - progress.step),
+            )
+            self._say(line)
+        log.write(record)
+        limit = self._config["max_skipped_in_a_row"]
+        if record["train/skipped_in_a_row"] >= limit:
+            raise Diverged(
+                f"Loss or gradient was not finite in {limit} steps in a row, the last of them step {progress.step}"
+                f" (phase {self.name!r}, step {progress.phase_step}). None of them was applied. Set a lower"
+                " learning_rate, a clip_norm or a longer warm-up, and look at the rows before that step."
+            )
+
+    def _run_validation(self, state: TrainState, progress: Progress, log: metrics_lib.MetricsLog) -> None:
+        began = time.perf_counter()
+        with jax.transfer_guard("disallow"):
+            sums = [
+                self._validate(state.trainable, state.frozen, jax.device_put(dict(batch)))
+                for batch in self._task.validation_batches()
+            ]
+            sums = jax.device_get(sums)
+        means = {}
+        for name in sums[0] if sums else ():
+            total, weight = (sum(float(part[name][which]) for part in sums) for which in (0, 1))
+            means[f"validation/{name}"] = total / weight if weight else 0.0
+        questions = sum(float(part["exact_match"][1]) for part in sums)
+        log.write({"step": progress.step, "phase": self.name, **means, "validation/questions": questions})
+        self._say(
+            f"validation after step {progress.phase_step}/{self.steps} {self.name}"
+            f" loss {means.get('validation/loss', 0.0):.4g} exact match {means.get('validation/exact_match', 0.0):.1%}"
+            f" of {questions:.0f} questions in {metrics_lib.duration(time.perf_counter() - began)}"
+        )
+
+
+class _Compiled:
+    """A jitted function, compiled ahead once for each shape of its last argument, which it announces.
+
+    What was compiled takes no other shapes, so nothing is ever compiled unseen.
+    """
+
+    def __init__(self, jitted: Any, what: str, announce: Say):
+        self._jitted, self._what, self._announce = jitted, what, announce
+        self._programs = {}
+
+    def __call__(self, *args):
+        leaves, structure = jax.tree.flatten(args[-1])
+        shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if shapes not in self._programs:
+            self._announce(f"compiling the {self._what} ...")
+            began = time.perf_counter()
+            self._programs[shapes] = self._jitted.lower(*args).compile()
+            self._announce(f"compiled the {self._what} in {time.perf_counter() - began:.1f}s")
+        return self._programs[shapes](*args)
