@@ -26,8 +26,11 @@ VISION_EMBED = "vision_embed"
 VISION_HEADS = "vision_heads"
 VISION_MLP = "vision_mlp"
 PROJECTOR_IN = "projector_in"
+LORA_RANK = "lora_rank"
 
 # Activations at block boundaries.
 ACTIVATION_BATCH = "activation_batch"
 ACTIVATION_LENGTH = "activation_length"
 ACTIVATION_EMBED = "activation_embed"
+# Tiles of all rows together, as the vision tower sees them.
+ACTIVATION_TILES = "activation_tiles"

@@ -22,7 +22,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("xla", "chunked")
 REMAT = ("none", "dots", "names", "full")
-STRATEGIES = ("zero3", "zero2", "tensor", "zero3_tensor")
+STRATEGIES = ("zero3", "zero2", "tensor", "zero3_tensor", "zero2_tensor")
 QUANTIZE = ("none", "int8", "nf4")
 WRITERS = ("tensorboard", "wandb")
 

@@ -26,11 +26,10 @@ from phantom_jax.layouts import MODEL_LAYOUTS, check_name
 from phantom_jax.models.decoder import unstack_layers
 from phantom_jax.models.quantization import check_kind, quantize_kernel
 from phantom_jax.models.vlm import VisionLanguageModel
-from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor, Prompt
 from phantom_jax.sharding.mesh import make_mesh
-from phantom_jax.sharding.placement import on_host, place, quantized_shardings
-from phantom_jax.sharding.rules import DECODING, parameter_shardings
+from phantom_jax.sharding.placement import on_host, place
+from phantom_jax.sharding.rules import DECODING, leaf_sharding, parameter_names
 from phantom_jax.trees import flatten, unflatten
 
 BATCH_SIZE = 32
@@ -274,15 +273,14 @@ def load(
 def _on_devices(params: Any, model: VisionLanguageModel, mesh: jax.sharding.Mesh | None, quantize: str | None) -> Any:
     """Parameters on a mesh or on the first device, one after the other; a kernel that is quantised is so at once."""
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = {} if mesh is None else flatten(parameter_shardings(model, mesh, DECODING))
+    names = {} if mesh is None else parameter_names(model)
     placed: dict[str, Any] = {}
     for path, array in flatten(params).items():
-        sharding = shardings.get(path, one)
-        if isinstance(array, QuantizedTensor):
-            fields = jax.tree.map(lambda _: one, array) if mesh is None else quantized_shardings(array, sharding)
-            placed[path] = jax.tree.map(place, array, fields)
+        if mesh is None:
+            where = jax.tree.map(lambda _: one, array)
         else:
-            placed[path] = place(array, sharding)
+            where = leaf_sharding(path, array, names, mesh, DECODING)
+        placed[path] = jax.tree.map(place, array, where)
         if quantize is not None:
             placed[path] = quantize_kernel(path, placed[path], quantize)
     return unflatten(placed)
@@ -310,10 +308,11 @@ def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = 
 
 def _decoding_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
     mesh = make_mesh(shape)
-    useless = [name for name, size in mesh.shape.items() if size > 1 and name not in DECODING.values()]
+    useful = {target for _, target in DECODING}
+    useless = [name for name, size in mesh.shape.items() if size > 1 and name not in useful]
     if useless:
         raise InputError(
             f"generation splits nothing over mesh axis {useless[0]!r}, each of its devices would do the same work: use "
-            f"{', '.join(sorted(set(DECODING.values())))}"
+            f"{', '.join(sorted(useful))}"
         )
     return mesh

@@ -13,9 +13,10 @@ from flax import linen as nn
 from phantom_jax import axes
 from phantom_jax.models.cache import Cache, LayerCache
 from phantom_jax.models.layers import Dense, RMSNorm
+from phantom_jax.models.partitioning import attention_by_parts, constrain, gather, gathered_again
 from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_sos
 from phantom_jax.ops import rope as rotary
-from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.ops.attention import Structure
 from phantom_jax.sizes import MOST_LAYERS, check_positive, check_size
 from phantom_jax.trees import flatten, unflatten
 
@@ -106,7 +107,7 @@ class _Context:
 
 
 def _constrain(x_BLD):
-    return nn.with_logical_constraint(x_BLD, (axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, axes.ACTIVATION_EMBED))
+    return constrain(x_BLD, (axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, axes.ACTIVATION_EMBED))
 
 
 class Attention(nn.Module):
@@ -139,17 +140,21 @@ class Attention(nn.Module):
             dimension = PhantomDimension(config.phantom, config.head_dim, self.dtype, name="phantom")
             states = None if cache is None else cache.phantom
             if states is None:
-                states = dimension.fold(gather_sos(query, key, value, context.sos_positions))
+                sos = gather_sos(query, key, value, context.sos_positions)
+                # Every head attends to all heads of the sos token, wherever they were computed.
+                sos = jax.tree.map(lambda x: constrain(x, (axes.ACTIVATION_BATCH, None, None, None)), sos)
+                states = dimension.fold(sos)
             query, key, value = dimension.expand(query, key, value, states, context.sos_index)
             if cache is not None:
                 cache = dataclasses.replace(cache, phantom=states)
         if cache is not None:
             cache = cache.write(key, value, context.start)
             key, value = cache.read(self.dtype)
-        out = attention(
+        out = attention_by_parts(
             query,
             key,
             value,
+            names=(axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, axes.HEADS),
             # The head dim before concatenation, as released; the paper's lambda = sqrt(2) says the same.
             scale=config.head_dim**-0.5,
             query_structure=context.structure,
@@ -250,14 +255,22 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids_BL: jax.Array) -> jax.Array:
         """[B, L, D] in the computation's dtype."""
-        return jnp.take(self.embedding, token_ids_BL, axis=0).astype(self.dtype)
+
+        def take(embedding):
+            return jnp.take(gather(embedding, (axes.VOCAB, axes.EMBED)), token_ids_BL, axis=0)
+
+        return _constrain(gathered_again(take)(self.embedding).astype(self.dtype))
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """[B, L, V] float32."""
-        if self.config.tie_embeddings:
-            embedding = self.embedding.astype(self.dtype)
+
+        def tied(hidden_BLD, embedding):
+            embedding = gather(embedding.astype(self.dtype), (axes.VOCAB, axes.EMBED))
             return jnp.einsum("bld,vd->blv", hidden_BLD, embedding, preferred_element_type=jnp.float32)
-        return self.head(hidden_BLD)
+
+        tie = self.config.tie_embeddings
+        logits = gathered_again(tied)(hidden_BLD, self.embedding) if tie else self.head(hidden_BLD)
+        return constrain(logits, (axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, axes.VOCAB))
 
     def __call__(
         self,

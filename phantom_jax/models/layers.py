@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from phantom_jax import axes
+from phantom_jax.models.partitioning import gather_kernel, gathered_again
 from phantom_jax.ops import norm
 from phantom_jax.ops.quantize import QuantizedTensor, matmul
 
@@ -46,18 +47,25 @@ class Dense(nn.Module):
         inputs, outputs = tuple(self.input_shape), tuple(self.output_shape)
         # Asked for first: `param` compares the leaves it finds with the shape of a float kernel.
         kernel = self.get_variable("params", "kernel")
-        if isinstance(kernel, QuantizedTensor):
-            y = matmul(x, kernel, self.dtype, self.output_dtype)
-        else:
+        if not isinstance(kernel, QuantizedTensor):
             init = nn.with_logical_partitioning(
                 scaled_normal(math.prod(inputs), self.gain), (*self.input_axes, *self.output_axes)
             )
-            kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32).astype(self.dtype)
+            kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32)
+
+        def product(x, kernel):
+            if isinstance(kernel, QuantizedTensor):
+                kernel = gather_kernel(kernel, self.input_axes, self.output_axes)
+                return matmul(x, kernel, self.dtype, self.output_dtype)
+            # Cast first: half as much travels.
+            kernel = gather_kernel(kernel.astype(self.dtype), self.input_axes, self.output_axes)
             contracted = len(inputs)
             dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-            y = jax.lax.dot_general(
+            return jax.lax.dot_general(
                 x.astype(self.dtype), kernel, (dimensions, ((), ())), preferred_element_type=self.output_dtype
             )
+
+        y = gathered_again(product)(x, kernel)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.output_axes))
             bias = self.param("bias", bias_init, outputs, jnp.float32).astype(self.dtype)

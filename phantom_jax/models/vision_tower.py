@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from phantom_jax import axes
 from phantom_jax.models.layers import Dense, LayerNorm, RMSNorm, scaled_normal
+from phantom_jax.models.partitioning import attention_by_parts, constrain, gather
 from phantom_jax.ops import image as image_ops
 from phantom_jax.ops import norm as norm_ops
-from phantom_jax.ops.attention import attention
 from phantom_jax.sizes import MOST_LAYERS, MOST_PIXELS, check_positive, check_size
 
 
@@ -76,6 +76,10 @@ def _activation(name: str):
     return functools.partial(jax.nn.gelu, approximate=False)
 
 
+def _constrain(x_BPD):
+    return constrain(x_BPD, (axes.ACTIVATION_TILES, None, axes.ACTIVATION_EMBED))
+
+
 class HeadNorm(nn.Module):
     """RMSNorm over all heads [N, H] of a token at once, as InternViT's qk-norm does it."""
 
@@ -127,7 +131,14 @@ class VisionLayer(nn.Module):
         if config.qk_norm:
             query = HeadNorm(config.norm_epsilon, name="query_norm")(query)
             key = HeadNorm(config.norm_epsilon, name="key_norm")(key)
-        y = attention(query, key, value, scale=head_dim**-0.5, backend=self.attention_backend).astype(self.dtype)
+        y = attention_by_parts(
+            query,
+            key,
+            value,
+            names=(axes.ACTIVATION_TILES, None, axes.VISION_HEADS),
+            scale=head_dim**-0.5,
+            backend=self.attention_backend,
+        ).astype(self.dtype)
         y = Dense(
             (heads, head_dim),
             (config.embed_dim,),
@@ -160,7 +171,7 @@ class VisionLayer(nn.Module):
             depth_gain,
             name="down",
         )(y)
-        return x_BPD + residual_scale("layer_scale_2", y), None
+        return _constrain(x_BPD + residual_scale("layer_scale_2", y)), None
 
 
 class VisionTower(nn.Module):
@@ -183,7 +194,8 @@ class VisionTower(nn.Module):
         rows, columns = height // patch, width // patch
 
         def parameter(name, init, names, shape):
-            return self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32).astype(self.dtype)
+            stored = self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
+            return gather(stored.astype(self.dtype), names)
 
         kernel = parameter(
             "patch_kernel",
@@ -191,6 +203,7 @@ class VisionTower(nn.Module):
             (axes.PATCH_ROW, axes.PATCH_COLUMN, axes.CHANNELS, axes.VISION_EMBED),
             (patch, patch, channels, config.embed_dim),
         )
+        pixels_BHWC = constrain(pixels_BHWC, (axes.ACTIVATION_TILES, None, None, None))
         patches = pixels_BHWC.astype(self.dtype).reshape(batch, rows, patch, columns, patch, channels)
         x_BPD = jnp.einsum("brpcqk,pqkd->brcd", patches, kernel).reshape(batch, rows * columns, config.embed_dim)
         if config.patch_bias:
@@ -204,7 +217,7 @@ class VisionTower(nn.Module):
         grid = positions[1:].reshape(config.grid, config.grid, config.embed_dim)
         grid = image_ops.resize_grid(grid, rows, columns).reshape(rows * columns, config.embed_dim)
         token = jnp.broadcast_to((token + positions[0])[None, None, :], (batch, 1, config.embed_dim))
-        x_BPD = jnp.concatenate([token, x_BPD + grid[None]], axis=1)
+        x_BPD = _constrain(jnp.concatenate([token, x_BPD + grid[None]], axis=1))
         if config.pre_norm:
             x_BPD = LayerNorm(config.norm_epsilon, name="pre_norm")(x_BPD)
         layers = nn.scan(

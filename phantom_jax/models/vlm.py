@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from phantom_jax import axes
 from phantom_jax.batch import IGNORE
 from phantom_jax.models.cache import Cache
 from phantom_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
+from phantom_jax.models.partitioning import constrain
 from phantom_jax.models.projector import Projector, ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTower, VisionTowerConfig
 from phantom_jax.ops.attention import Structure
@@ -92,7 +94,9 @@ class VisionLanguageModel(nn.Module):
         batch, tiles, *image = pixels_BIHWC.shape
         features = self.vision_tower(pixels_BIHWC.reshape(batch * tiles, *image))
         features = self.projector(features[:, 1:])
-        return features.reshape(batch, -1, features.shape[-1])
+        features = features.reshape(batch, -1, features.shape[-1])
+        # Any token of a row may be any image token of it.
+        return constrain(features, (axes.ACTIVATION_BATCH, None, axes.ACTIVATION_EMBED))
 
     def hidden_states(
         self,

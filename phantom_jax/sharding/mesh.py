@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from phantom_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor", "seq")
-"""`data` splits rows, `fsdp` parameters, `tensor` heads and widths, `seq` tokens of a row."""
+"""`data` splits rows, `fsdp` parameters and rows, `tensor` heads and widths, `seq` tokens of a row."""
 
 
 def make_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
@@ -35,3 +35,41 @@ def make_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
         wanted = ", ".join(f"{name}:{size}" for name, size in shape.items())
         raise InputError(f"a mesh of {wanted} takes {count} devices, there are {len(devices)}: make it smaller")
     return jax.sharding.Mesh(np.array(devices[:count]).reshape(sizes), AXES)
+
+
+def training_mesh(sizes: Mapping[str, int], say: Callable[[str], None]) -> jax.sharding.Mesh:
+    """The mesh of a run: over all devices there are, or over one.
+
+    Args:
+      sizes: of all `AXES`; one may be -1, which takes the devices that the others leave.
+      say: told where devices stay idle.
+
+    Raises:
+      InputError: the sizes do not take all devices.
+    """
+    count = len(jax.devices())
+    sizes = {name: sizes[name] for name in AXES}
+    product = math.prod(size for size in sizes.values() if size != -1)
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    rest = next((name for name, size in sizes.items() if size == -1), None)
+    if rest is not None:
+        if count % product:
+            raise InputError(
+                f"The mesh is {shown}: its other axes take {product} devices, which does not divide the {count} that"
+                f" there are. Set them so that their product does, or mesh.{rest} to 1 and the rest to 1 for one"
+                " device."
+            )
+        sizes[rest] = count // product
+    elif product == 1 and count > 1:
+        if jax.process_count() > 1:
+            raise InputError(
+                f"The mesh is {shown}, which is one device, and {jax.process_count()} processes have {count}. Set"
+                " mesh.fsdp to -1 to train on all of them."
+            )
+        say(f"the mesh is 1 of {count} devices: set mesh.fsdp to -1 to train on all of them")
+    elif product != count:
+        raise InputError(
+            f"The mesh is {shown}, which takes {product} devices, and there are {count}. Set one axis to -1, or all so"
+            f" that their product is {count}."
+        )
+    return make_mesh(sizes)

@@ -1,51 +1,129 @@
 """From logical axis names to mesh axes: one short table per strategy."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from phantom_jax import axes
+from phantom_jax.models.partitioning import Names, Rules, partition, quantized_names
 from phantom_jax.models.vlm import VisionLanguageModel, abstract_parameters
+from phantom_jax.ops.quantize import QuantizedTensor
+from phantom_jax.trees import flatten
 
-DECODING = {
-    axes.ACTIVATION_BATCH: "data",
-    axes.HEADS: "tensor",
-    axes.KV_HEADS: "tensor",
-    axes.MLP: "tensor",
-    axes.VOCAB: "tensor",
-    axes.VISION_HEADS: "tensor",
-    axes.VISION_MLP: "tensor",
-}
+HEADS_AND_WIDTHS: Rules = (
+    (axes.HEADS, "tensor"),
+    (axes.KV_HEADS, "tensor"),
+    (axes.MLP, "tensor"),
+    (axes.VOCAB, "tensor"),
+    (axes.VISION_HEADS, "tensor"),
+    (axes.VISION_MLP, "tensor"),
+)
+"""Each layer is computed by several devices, which exchange activations."""
+
+DECODING: Rules = ((axes.ACTIVATION_BATCH, "data"), *HEADS_AND_WIDTHS)
 """Every weight and every key stays where it is, activations of one token travel: decoding is bound by memory."""
 
+ONE_AXIS: Rules = (
+    (axes.EMBED, "fsdp"),
+    (axes.VISION_EMBED, "fsdp"),
+    (axes.MLP, "fsdp"),
+    (axes.VISION_MLP, "fsdp"),
+    (axes.VOCAB, "fsdp"),
+    (axes.PROJECTOR_IN, "fsdp"),
+    (axes.HEADS, "fsdp"),
+    (axes.KV_HEADS, "fsdp"),
+    (axes.VISION_HEADS, "fsdp"),
+)
+"""Every matrix is cut along one of its axes, the first of these that divides."""
 
-def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping[str, str]) -> PartitionSpec:
-    """How an array is split. An axis whose size the mesh axis does not divide, 2 kv heads over 8 devices, is not."""
-    split: list[str | None] = []
-    for name, size in zip(names, shape, strict=True):
-        mesh_axis = rules.get(name) if name is not None else None
-        fits = mesh_axis is not None and mesh_axis not in split and size % mesh.shape[mesh_axis] == 0
-        split.append(mesh_axis if fits else None)
-    return PartitionSpec(*split)
+ROWS_AND_TOKENS: Rules = (
+    (axes.ACTIVATION_BATCH, ("data", "fsdp")),
+    (axes.ACTIVATION_LENGTH, "seq"),
+    # Tiles are no part of a sequence: the devices that share a row share its tiles out.
+    (axes.ACTIVATION_TILES, ("data", "fsdp", "seq")),
+    (axes.ACTIVATION_TILES, ("data", "fsdp")),
+)
+"""Each device computes some rows, or some tokens of some rows, through all of the model."""
 
 
-def parameter_shardings(model: VisionLanguageModel, mesh: Mesh, rules: Mapping[str, str]) -> Any:
-    """The sharding of each parameter of a module."""
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """How training is split over a mesh.
 
-    def sharding(leaf):
-        names = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
-        return NamedSharding(mesh, partition(names, nn.meta.unbox(leaf).shape, mesh, rules))
+    Attributes:
+      parameters: where parameters lie between steps.
+      states: where gradients and the optimiser's state lie.
+      computation: how activations are split, and the parameters of a layer while it is computed.
+    """
 
-    def is_leaf(leaf):
-        return isinstance(leaf, nn.Partitioned | jax.ShapeDtypeStruct)
+    parameters: Rules
+    states: Rules
+    computation: Rules = ROWS_AND_TOKENS
 
-    return jax.tree.map(sharding, abstract_parameters(model), is_leaf=is_leaf)
+
+_BOTH = (*HEADS_AND_WIDTHS, *ONE_AXIS)
+_COMPUTED_TOGETHER = (*ROWS_AND_TOKENS, *HEADS_AND_WIDTHS)
+
+STRATEGIES = {
+    "zero3": Strategy(ONE_AXIS, ONE_AXIS),
+    "zero2": Strategy((), ONE_AXIS),
+    "tensor": Strategy(HEADS_AND_WIDTHS, HEADS_AND_WIDTHS, _COMPUTED_TOGETHER),
+    "zero3_tensor": Strategy(_BOTH, _BOTH, _COMPUTED_TOGETHER),
+    "zero2_tensor": Strategy(HEADS_AND_WIDTHS, _BOTH, _COMPUTED_TOGETHER),
+}
+"""ZeRO (arXiv 1910.02054), stages 3 and 2; Megatron's tensor parallelism (arXiv 1909.08053); and both."""
 
 
-def cache_shardings(cache: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
+def parameter_names(model: VisionLanguageModel) -> dict[str, Names]:
+    """Logical axis names of each parameter of a module, by path."""
+    return {path: tuple(leaf.names) for path, leaf in flatten(abstract_parameters(model)).items()}
+
+
+def leaf_names(path: str, leaf: Any, names: Mapping[str, Names]) -> Any:
+    """Logical names of one leaf of a parameter tree; of each of its arrays where it is quantised.
+
+    Args:
+      path: of the leaf. `.../lora_a` and `.../lora_b` are the factors of the kernel beside them.
+      leaf: an array or `QuantizedTensor`, or the shapes of one.
+      names: of the model's own parameters; one that is not in it is never split.
+    """
+    parent, _, last = path.rpartition("/")
+    if last in ("lora_a", "lora_b") and f"{parent}/kernel" in names:
+        kernel = tuple(names[f"{parent}/kernel"])
+        layers = kernel[:1] if kernel[0] == axes.LAYERS else ()
+        shared = leaf.ndim - len(layers) - 1
+        if last == "lora_a":
+            return (*kernel[: len(layers) + shared], axes.LORA_RANK)
+        return (*layers, axes.LORA_RANK, *kernel[len(kernel) - shared :])
+    if isinstance(leaf, QuantizedTensor):
+        kernel = tuple(names.get(path, ()))[len(leaf.layer_shape) :]
+        kernel = kernel or (None,) * (len(leaf.input_shape) + len(leaf.output_shape))
+        return quantized_names(leaf, kernel[: len(leaf.input_shape)], kernel[len(leaf.input_shape) :])
+    return tuple(names.get(path, (None,) * leaf.ndim))
+
+
+def leaf_sharding(path: str, leaf: Any, names: Mapping[str, Names], mesh: Mesh, rules: Rules) -> Any:
+    """The sharding of one leaf of a parameter tree; of each of its arrays where it is quantised.
+
+    Biases and scales, which a layer would have to wait for and which take no room, are not split over `fsdp`.
+
+    Args:
+      path, leaf, names: see `leaf_names`.
+      mesh, rules: see `partition`.
+    """
+    if path.rpartition("/")[2] in ("bias", "scale"):
+        rules = [rule for rule in rules if rule[1] != "fsdp"]
+
+    def sharding(array, array_names):
+        return NamedSharding(mesh, partition(array_names, array.shape, mesh, rules))
+
+    return jax.tree.map(sharding, leaf, leaf_names(path, leaf, names))
+
+
+def cache_shardings(cache: Any, mesh: Mesh, rules: Rules) -> Any:
     """The sharding of each array of a key-value cache: rows and kv heads are split."""
 
     def sharding(leaf):

@@ -16,8 +16,10 @@ import jax
 
 from phantom_jax import config as configs
 from phantom_jax.checkpoints import manager as checkpoints
+from phantom_jax.sharding.mesh import training_mesh
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.phase import Phase, Progress, Say
+from phantom_jax.training.places import Places, check_mesh
 from phantom_jax.training.state import Params, merge
 from phantom_jax.training.task import Task, assemble
 from phantom_jax.training.workdir import check_workdir, claim_workdir, sole_owner
@@ -47,9 +49,13 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
     config = configs.resolve(config)
     workdir = Path(workdir)
     known = check_workdir(workdir, config)
+    mesh = training_mesh(config["mesh"], say)
+    check_mesh(config, mesh)
     task = task or assemble(config)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
-    phases = [Phase(config, index, task, shapes, say) for index in range(len(config["phases"]))]
+    places = Places(mesh, config["mesh"]["strategy"], task.parameter_names)
+    places.check(shapes)
+    phases = [Phase(config, index, task, shapes, places, say) for index in range(len(config["phases"]))]
     total_steps = sum(phase.steps for phase in phases)
     iterators = {}
     if not known:
@@ -58,6 +64,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
         iterators = {index: task.train_iterator(index) for index in range(len(phases))}
         claim_workdir(workdir, config)
     with (
+        jax.set_mesh(mesh),
         sole_owner(workdir),
         contextlib.closing(
             checkpoints.open_manager(workdir / "checkpoints", keep=config["checkpoint"]["keep"])

@@ -12,6 +12,7 @@ from phantom_jax.errors import Diverged, Preempted
 from phantom_jax.objectives import OBJECTIVES
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.optimizer import make_optimizer
+from phantom_jax.training.places import Places
 from phantom_jax.training.state import Params, TrainState, split, start_phase
 from phantom_jax.training.step import make_train_step, make_validation_step
 from phantom_jax.training.task import DataIterator, Task
@@ -41,7 +42,7 @@ class Progress:
 class Phase:
     """One phase: its state, its compiled steps and its loop."""
 
-    def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, say: Say):
+    def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, places: Places, say: Say):
         phase = config["phases"][index]
         self.name, self.steps = phase["name"], phase["steps"]
         self._config, self._task, self._say = config, task, say
@@ -60,14 +61,22 @@ class Phase:
                 compute_dtype=config["model"]["dtype"],
             )
 
-        self._start, self._shapes = start, shapes
+        self._places, self._start = places, start
+        self._abstract = jax.eval_shape(start, shapes)
+        self._shardings = places.state(self._abstract)
         objective = dict(phase["objective"])
         step = make_train_step(
-            task.score, OBJECTIVES[objective.pop("name")](**objective), optimizer, accumulation=phase["accumulation"]
+            task.score,
+            OBJECTIVES[objective.pop("name")](**objective),
+            optimizer,
+            accumulation=phase["accumulation"],
+            constrain_gradients=places.constrain_gradients,
         )
         self._meter = metrics_lib.Meter()
-        self._step = _Compiled(jax.jit(step, donate_argnums=0), f"{self.name} step", self._announce)
-        self._validate = _Compiled(jax.jit(make_validation_step(task.score)), f"{self.name} validation", self._announce)
+        step = jax.jit(places.traced(step), donate_argnums=0, out_shardings=(self._shardings, places.whole))
+        self._step = _Compiled(step, f"{self.name} step", self._announce)
+        validate = jax.jit(places.traced(make_validation_step(task.score)), out_shardings=places.whole)
+        self._validate = _Compiled(validate, f"{self.name} validation", self._announce)
 
     def _announce(self, line: str) -> None:
         self._meter.pause()
@@ -76,16 +85,16 @@ class Phase:
     def start(self, params: Params | None) -> TrainState:
         """The state before the first step, from the phase before or from a fresh initialisation."""
         if params is not None:
-            return jax.jit(self._start)(params)
+            return jax.jit(self._start, out_shardings=self._shardings)(params)
         key = jax.random.key(self._config["seed"])
-        return jax.jit(lambda key: self._start(self._task.init_params(key)))(key)
+        return jax.jit(lambda key: self._start(self._task.init_params(key)), out_shardings=self._shardings)(key)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and places of the state, to restore into."""
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            jax.eval_shape(self._start, self._shapes),
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            self._abstract,
+            self._shardings,
         )
 
     def run(
@@ -107,7 +116,7 @@ class Phase:
             with jax.transfer_guard("disallow"):
                 batch = next(iterator)
                 meter.data_arrived()
-                state, metrics = self._step(state, jax.device_put(dict(batch)))
+                state, metrics = self._step(state, self._places.batch(batch))
                 tokens, images = metrics_lib.count_tokens(batch), metrics_lib.count_images(batch)
                 progress.phase_step += 1
                 progress.step += 1
@@ -172,7 +181,7 @@ class Phase:
         began = time.perf_counter()
         with jax.transfer_guard("disallow"):
             sums = [
-                self._validate(state.trainable, state.frozen, jax.device_put(dict(batch)))
+                self._validate(state.trainable, state.frozen, self._places.batch(batch))
                 for batch in self._task.validation_batches()
             ]
             sums = jax.device_get(sums)

@@ -18,7 +18,12 @@ Score = Callable[[Params, Batch], Any]
 
 
 def make_train_step(
-    score: Score, objective: Objective, optimizer: Optimizer, *, accumulation: int = 1
+    score: Score,
+    objective: Objective,
+    optimizer: Optimizer,
+    *,
+    accumulation: int = 1,
+    constrain_gradients: Callable[[Params], Params] = lambda gradients: gradients,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
@@ -33,6 +38,7 @@ def make_train_step(
       objective: what to minimise.
       optimizer: of the trainable tree.
       accumulation: number of micro-batches; the number of rows must be a multiple.
+      constrain_gradients: says where the gradients of a micro-batch lie on the mesh.
 
     Returns:
       A function to compile with its first argument donated. Metrics are float32 scalars: `loss`, the objective's terms,
@@ -51,7 +57,7 @@ def make_train_step(
 
         def run(micro):
             (loss, totals), gradients = gradient(state.trainable, state.frozen, micro, weights)
-            return (loss, totals), gradients
+            return (loss, totals), constrain_gradients(gradients)
 
         if accumulation == 1:
             return run(batch)

@@ -40,6 +40,8 @@ class Task:
       train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning.
       validation_batches: all batches of a validation, of one shape; called for each validation.
       export: writes parameters as a model into a new folder that appears complete or not at all; None for no export.
+      parameter_names: logical axis names of the parameters by path, see `models.partitioning`; those that are not there
+        are not split over devices.
     """
 
     init_params: Callable[[jax.Array], Params]
@@ -47,6 +49,7 @@ class Task:
     train_iterator: Callable[[int], DataIterator]
     validation_batches: Callable[[], Iterable[Batch]]
     export: Callable[[Params, Path], None] | None = None
+    parameter_names: Mapping[str, Sequence[str | None]] = dataclasses.field(default_factory=dict)
 
 
 def assemble(config: Mapping[str, Any]) -> Task:
@@ -63,6 +66,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from phantom_jax.data import pipeline, sources
     from phantom_jax.models.vlm import VisionLanguageModel
     from phantom_jax.ops.image import normalize_pixels
+    from phantom_jax.sharding.rules import parameter_names
 
     _refuse_without_reference(config["phases"])
     name, data_dir = config["data"]["name"], config["data"]["data_dir"]
@@ -118,7 +122,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens, Origin(data=(name,)))
         model_folder.write(checkpoint, processor, folder)
 
-    return Task(init_params, score, train_iterator, validation_batches, export)
+    return Task(init_params, score, train_iterator, validation_batches, export, parameter_names(model))
 
 
 def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:

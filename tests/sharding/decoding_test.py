@@ -79,4 +79,4 @@ def test_an_axis_that_does_not_divide_stays_whole():
     mesh = make_mesh({"tensor": 8})
     assert partition(("embed", "heads", "head_dim"), (32, 16, 8), mesh, DECODING) == jax.P(None, "tensor", None)
     assert partition(("embed", "kv_heads", "head_dim"), (32, 2, 8), mesh, DECODING) == jax.P(None, None, None)
-    assert partition((None, "mlp"), (3, 64), mesh, {"mlp": "tensor"}) == jax.P(None, "tensor")
+    assert partition((None, "mlp"), (3, 64), mesh, [("mlp", "tensor")]) == jax.P(None, "tensor")

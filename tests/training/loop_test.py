@@ -14,8 +14,10 @@ import pytest
 
 from phantom_jax.checkpoints import manager as checkpoints
 from phantom_jax.errors import Diverged, InputError, Preempted
+from phantom_jax.sharding.mesh import training_mesh
 from phantom_jax.training import loop
 from phantom_jax.training.phase import Phase
+from phantom_jax.training.places import Places
 from phantom_jax.training.workdir import sole_owner
 from tests.training.toy import Scores, SelfStopping, ToyIterator, make_task, score, toy_config
 
@@ -31,6 +33,7 @@ def records(workdir):
 def run(workdir, config=None, *, seen=None, **task):
     lines = []
     params = loop.train(config or toy_config(), workdir, task=make_task(seen, **task), say=lines.append)
+    assert lines.pop(0) == "the mesh is 1 of 8 devices: set mesh.fsdp to -1 to train on all of them"
     return params, lines
 
 
@@ -41,7 +44,8 @@ def final_state(workdir):
     data, meta = checkpoints.restore_meta(manager, step)
     config = json.loads((workdir / "config.json").read_text())
     shapes = jax.eval_shape(make_task().init_params, jax.random.key(0))
-    last = Phase(config, meta["progress"]["phase"], make_task(), shapes, print)
+    places = Places(training_mesh(config["mesh"], print), config["mesh"]["strategy"], {})
+    last = Phase(config, meta["progress"]["phase"], make_task(), shapes, places, print)
     state = checkpoints.restore_state(manager, step, last.abstract_state())
     manager.close()
     return jax.device_get(state), data, meta

@@ -1,0 +1,161 @@
+"""Where arrays lie on a mesh, said in traced code by logical axis names.
+
+Whoever traces sets a mesh (`jax.set_mesh`) and the rules that map names to its axes (`flax.linen.logical_axis_rules`,
+the `computation` of a strategy in `sharding/rules.py`). Without a mesh or without rules nothing here does anything.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from phantom_jax import axes
+from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.ops.quantize import QuantizedTensor
+
+Names = Sequence[str | None]
+Rules = Sequence[tuple[str, str | tuple[str, ...]]]
+"""Pairs of a logical name and the mesh axis, or axes, that split it; earlier pairs come first."""
+
+_STORED = "stored "
+
+
+def partition(names: Names, shape: Sequence[int], mesh: Any, rules: Rules) -> PartitionSpec:
+    """How an array is split: each mesh axis goes to the first rule that it fits.
+
+    An axis whose size the mesh axis does not divide, 2 kv heads over 8 devices, is not split by it: a later rule may
+    give that mesh axis to another axis of the array.
+
+    Args:
+      names: logical name of each axis, None for one that is never split.
+      shape: sizes of the axes.
+      mesh: concrete or abstract.
+      rules: see `Rules`.
+    """
+    split: list[str | tuple[str, ...] | None] = [None] * len(shape)
+    taken: set[str] = set()
+    for name, target in rules:
+        if name not in names:
+            continue
+        axis, mesh_axes = tuple(names).index(name), (target,) if isinstance(target, str) else target
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+        if split[axis] is None and not taken & set(mesh_axes) and shape[axis] % parts == 0:
+            split[axis] = target
+            taken |= set(mesh_axes)
+    return PartitionSpec(*split)
+
+
+def quantized_names(tensor: QuantizedTensor, inputs: Names, outputs: Names) -> QuantizedTensor:
+    """Logical names of the axes of the arrays of a quantised kernel, stacked or of one layer.
+
+    The blocks of NF4 run over the inputs and bear the name of their first axis. What is small has no names.
+    """
+    layers = (axes.LAYERS,) * len(tensor.layer_shape)
+    if tensor.kind == "int8":
+        codes, block_codes, block_mean = (*layers, *inputs, *outputs), None, None
+    else:
+        codes, block_codes = (*layers, inputs[0], None, *outputs), (*layers, inputs[0], *outputs)
+        block_mean = (None,) * tensor.block_mean.ndim
+    scales = (None,) * tensor.scales.ndim
+    return QuantizedTensor(codes, scales, block_codes, block_mean, tensor.kind, tensor.input_shape, tensor.output_shape)
+
+
+def scoped_rules(computation: Rules, states: Rules) -> Rules:
+    """The rules to trace under: of the computation, and of where gradients of parameters lie."""
+    return (*computation, *((_STORED + name, target) for name, target in states))
+
+
+def constrain(x: jax.Array, names: Names) -> jax.Array:
+    """The array, split as the rules say; so is its gradient."""
+    if not _partitioned():
+        return x
+    spec = partition(names, x.shape, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(parameter: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as one layer's computation takes it; its gradient goes straight to where gradients are stored."""
+    return constrain(parameter, names)
+
+
+def _gather_forward(parameter, names):
+    return constrain(parameter, names), None
+
+
+def _gather_backward(names, _, gradient):
+    return (constrain(gradient, tuple(name and _STORED + name for name in names)),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gather_kernel(kernel: jax.Array | QuantizedTensor, inputs: Names, outputs: Names) -> jax.Array | QuantizedTensor:
+    """`gather` for the kernel of a linear map of one layer; of a quantised one the codes travel, not the values."""
+    if not isinstance(kernel, QuantizedTensor):
+        return gather(kernel, (*inputs, *outputs))
+    if not _partitioned():
+        return kernel
+    return jax.tree.map(constrain, kernel, quantized_names(kernel, inputs, outputs))
+
+
+def gathered_again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of parameters that gathers them, whose backward pass gathers them once more.
+
+    It keeps its arguments: gathered parameters of all layers, kept from the forward pass, would be the whole model on
+    every device. Products are not computed again, nothing in the backward pass asks for them.
+    """
+    return jax.checkpoint(function, prevent_cse=False) if _partitioned() else function
+
+
+def attention_by_parts(
+    query_BLNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKE: jax.Array,
+    *,
+    names: Names,
+    query_structure: Structure | None = None,
+    key_structure: Structure | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`ops.attention`, each device for its own rows, its own heads and its own queries.
+
+    Where tokens are split over devices, queries stay where they are and every device is sent the keys and values of
+    whole rows: few heads, and what causal attention needs of them is not less than half.
+
+    Args:
+      query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure: as there.
+      names: logical names of the rows, the tokens and the heads of the queries.
+      **options: as there.
+    """
+
+    def run(query, key, value, query_structure, key_structure):
+        return attention(query, key, value, query_structure=query_structure, key_structure=key_structure, **options)
+
+    if not _partitioned():
+        return run(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    query_spec = partition((*names, None), query_BLNH.shape, mesh, rules)
+    rows, tokens, head_axis, _ = query_spec
+    parts = 1 if head_axis is None else mesh.shape[head_axis]
+    # Fewer key-value heads than parts: each goes to all the devices whose queries see it.
+    repeats = math.lcm(key_BSKH.shape[2], parts) // key_BSKH.shape[2]
+    if repeats > 1:
+        key_BSKH, value_BSKE = (jnp.repeat(x, repeats, axis=2) for x in (key_BSKH, value_BSKE))
+    key_spec = PartitionSpec(rows, None, head_axis, None)
+    return jax.shard_map(
+        run,
+        in_specs=(query_spec, key_spec, key_spec, PartitionSpec(rows, tokens), PartitionSpec(rows, None)),
+        out_specs=query_spec,
+        # Loops over blocks begin with constants, which are the same everywhere as their results are not.
+        check_vma=False,
+    )(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
+
+
+def _partitioned() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty and bool(nn.get_logical_axis_rules())
