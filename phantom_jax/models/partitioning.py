@@ -22,8 +22,6 @@ Names = Sequence[str | None]
 Rules = Sequence[tuple[str, str | tuple[str, ...]]]
 """Pairs of a logical name and the mesh axis, or axes, that split it; earlier pairs come first."""
 
-_STORED = "stored "
-
 
 def partition(names: Names, shape: Sequence[int], mesh: Any, rules: Rules) -> PartitionSpec:
     """How an array is split: each mesh axis goes to the first rule that it fits.
@@ -50,6 +48,11 @@ def partition(names: Names, shape: Sequence[int], mesh: Any, rules: Rules) -> Pa
     return PartitionSpec(*split)
 
 
+def stored(name: str) -> str:
+    """The name of a parameter's axis where its gradient lies, for `constrain`."""
+    return f"stored {name}"
+
+
 def quantized_names(tensor: QuantizedTensor, inputs: Names, outputs: Names) -> QuantizedTensor:
     """Logical names of the axes of the arrays of a quantised kernel, stacked or of one layer.
 
@@ -67,7 +70,7 @@ def quantized_names(tensor: QuantizedTensor, inputs: Names, outputs: Names) -> Q
 
 def scoped_rules(computation: Rules, states: Rules) -> Rules:
     """The rules to trace under: of the computation, and of where gradients of parameters lie."""
-    return (*computation, *((_STORED + name, target) for name, target in states))
+    return (*((stored(name), target) for name, target in states), *computation)
 
 
 def constrain(x: jax.Array, names: Names) -> jax.Array:
@@ -89,7 +92,7 @@ def _gather_forward(parameter, names):
 
 
 def _gather_backward(names, _, gradient):
-    return (constrain(gradient, tuple(name and _STORED + name for name in names)),)
+    return (constrain(gradient, tuple(name and stored(name) for name in names)),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)

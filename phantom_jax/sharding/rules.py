@@ -41,6 +41,7 @@ ONE_AXIS: Rules = (
 
 ROWS_AND_TOKENS: Rules = (
     (axes.ACTIVATION_BATCH, ("data", "fsdp")),
+    (axes.ACTIVATION_BATCH, "data"),
     (axes.ACTIVATION_LENGTH, "seq"),
     # Tiles are no part of a sequence: the devices that share a row share its tiles out.
     (axes.ACTIVATION_TILES, ("data", "fsdp", "seq")),
@@ -108,19 +109,20 @@ def leaf_names(path: str, leaf: Any, names: Mapping[str, Names]) -> Any:
 def leaf_sharding(path: str, leaf: Any, names: Mapping[str, Names], mesh: Mesh, rules: Rules) -> Any:
     """The sharding of one leaf of a parameter tree; of each of its arrays where it is quantised.
 
-    Biases and scales, which a layer would have to wait for and which take no room, are not split over `fsdp`.
+    Biases and other vectors are not split over `fsdp`: they take no room, and a layer would wait for each of them.
 
     Args:
       path, leaf, names: see `leaf_names`.
       mesh, rules: see `partition`.
     """
-    if path.rpartition("/")[2] in ("bias", "scale"):
+    leaf_axes = leaf_names(path, leaf, names)
+    if path.endswith("/bias") or not isinstance(leaf, QuantizedTensor) and leaf.ndim - (axes.LAYERS in leaf_axes) < 2:
         rules = [rule for rule in rules if rule[1] != "fsdp"]
 
-    def sharding(array, array_names):
-        return NamedSharding(mesh, partition(array_names, array.shape, mesh, rules))
+    def sharding(array, array_axes):
+        return NamedSharding(mesh, partition(array_axes, array.shape, mesh, rules))
 
-    return jax.tree.map(sharding, leaf, leaf_names(path, leaf, names))
+    return jax.tree.map(sharding, leaf, leaf_axes)
 
 
 def cache_shardings(cache: Any, mesh: Mesh, rules: Rules) -> Any:

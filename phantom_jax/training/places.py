@@ -1,4 +1,4 @@
-"""Where everything of a run lies on its mesh: derived once from shapes and logical names, used by all that makes arrays.
+"""Where everything of a run lies on its mesh: derived once, from shapes and logical names.
 
 Initialisation, step, restore, weights that are read and batches all take their shardings from here.
 """
@@ -114,11 +114,8 @@ class Places:
                     f"mesh.tensor is {tensor}, which does not divide the {heads} heads of {path}: set it to a divisor"
                     f" of {heads}."
                 )
-        if (
-            flat
-            and fsdp > 1
-            and not any(_uses(self._state_sharding(path, leaf), "fsdp") for path, leaf in flat.items())
-        ):
+        places = [self._state_sharding(path, leaf) for path, leaf in flat.items()]
+        if places and fsdp > 1 and not any("fsdp" in place.spec for place in places):
             raise InputError(
                 f"mesh.fsdp is {fsdp}, which divides no axis of any parameter: set it to a number that divides the"
                 " model's width, or set mesh.data instead."
@@ -171,7 +168,3 @@ def check_mesh(config: Mapping[str, Any], mesh: Mesh) -> None:
 
 def _splits(rules: Rules, axis: str) -> bool:
     return any(target == axis for _, target in rules)
-
-
-def _uses(shardings: Any, axis: str) -> bool:
-    return any(axis in sharding.spec for sharding in jax.tree.leaves(shardings))
