@@ -13,7 +13,7 @@ from flax import linen as nn
 from phantom_jax import axes
 from phantom_jax.models.cache import Cache, LayerCache
 from phantom_jax.models.layers import Dense, RMSNorm
-from phantom_jax.models.partitioning import attention_by_parts, constrain, gather, gathered_again, stored
+from phantom_jax.models.partitioning import attention_by_parts, constrain, gather, gathered_again, look_up
 from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_sos
 from phantom_jax.ops import rope as rotary
 from phantom_jax.ops.attention import Structure
@@ -255,11 +255,7 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids_BL: jax.Array) -> jax.Array:
         """[B, L, D] in the computation's dtype."""
-        x_BLD = jnp.take(self.embedding, token_ids_BL, axis=0).astype(self.dtype)
-        # The table stays: each device looks its part of the channels up for all tokens, and sends tokens home. A table
-        # has more rows than a batch has tokens, and so has its gradient.
-        x_BLD = constrain(x_BLD, (axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, stored(axes.EMBED)))
-        return _constrain(x_BLD)
+        return _constrain(look_up(self.embedding, token_ids_BL).astype(self.dtype))
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """[B, L, V] float32."""

@@ -40,17 +40,22 @@ def partition(names: Names, shape: Sequence[int], mesh: Any, rules: Rules) -> Pa
     for name, target in rules:
         if name not in names:
             continue
-        axis, mesh_axes = tuple(names).index(name), (target,) if isinstance(target, str) else target
+        axis = tuple(names).index(name)
+        mesh_axes = tuple(mesh_axis for mesh_axis in _mesh_axes(target) if mesh.shape[mesh_axis] > 1)
         parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-        if split[axis] is None and not taken & set(mesh_axes) and shape[axis] % parts == 0:
-            split[axis] = target
+        if mesh_axes and split[axis] is None and not taken & set(mesh_axes) and shape[axis] % parts == 0:
+            split[axis] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
             taken |= set(mesh_axes)
     return PartitionSpec(*split)
 
 
-def stored(name: str) -> str:
-    """The name of a parameter's axis where its gradient lies, for `constrain`."""
-    return f"stored {name}"
+def _mesh_axes(target: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else target
+
+
+def _summed(name: str) -> str:
+    """The name of a parameter's axis where its gradient, once summed, lies."""
+    return f"summed {name}"
 
 
 def quantized_names(tensor: QuantizedTensor, inputs: Names, outputs: Names) -> QuantizedTensor:
@@ -68,16 +73,16 @@ def quantized_names(tensor: QuantizedTensor, inputs: Names, outputs: Names) -> Q
     return QuantizedTensor(codes, scales, block_codes, block_mean, tensor.kind, tensor.input_shape, tensor.output_shape)
 
 
-def scoped_rules(computation: Rules, states: Rules) -> Rules:
+def scoped_rules(computation: Rules, gradients: Rules) -> Rules:
     """The rules to trace under: of the computation, and of where gradients of parameters lie."""
-    return (*((stored(name), target) for name, target in states), *computation)
+    return (*computation, *((_summed(name), target) for name, target in gradients))
 
 
 def constrain(x: jax.Array, names: Names) -> jax.Array:
     """The array, split as the rules say; so is its gradient."""
     if not _partitioned():
         return x
-    spec = partition(names, x.shape, jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules())
+    spec = partition(names, x.shape, jax.sharding.get_abstract_mesh(), _rules())
     return jax.lax.with_sharding_constraint(x, spec)
 
 
@@ -92,7 +97,7 @@ def _gather_forward(parameter, names):
 
 
 def _gather_backward(names, _, gradient):
-    return (constrain(gradient, tuple(name and stored(name) for name in names)),)
+    return (constrain(gradient, tuple(name and _summed(name) for name in names)),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
@@ -114,6 +119,27 @@ def gathered_again(function: Callable[..., Any]) -> Callable[..., Any]:
     every device. Products are not computed again, nothing in the backward pass asks for them.
     """
     return jax.checkpoint(function, prevent_cse=False) if _partitioned() else function
+
+
+def look_up(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """Rows [B, L, D] of a table whose channels, or those of its gradient, are split: it stays, the rows travel.
+
+    Each device looks its part of the channels up for the tokens of all who share the table out. A table has more rows
+    than a batch has tokens, and so has its gradient.
+    """
+    take = functools.partial(jnp.take, axis=0)
+    if not _partitioned():
+        return take(table_VD, ids_BL)
+    names = (_summed(axes.VOCAB), _summed(axes.EMBED))
+    channels = partition(names, table_VD.shape, jax.sharding.get_abstract_mesh(), _rules())[1]
+    if channels is None:
+        return take(table_VD, ids_BL)
+    return jax.shard_map(
+        take,
+        in_specs=(PartitionSpec(None, channels), PartitionSpec()),
+        out_specs=PartitionSpec(None, None, channels),
+        axis_names={channels},
+    )(table_VD, ids_BL)
 
 
 def attention_by_parts(
@@ -140,11 +166,15 @@ def attention_by_parts(
     def run(query, key, value, query_structure, key_structure):
         return attention(query, key, value, query_structure=query_structure, key_structure=key_structure, **options)
 
-    if not _partitioned():
+    # Kernels of one platform split themselves.
+    if not _partitioned() or options.get("backend") not in ("xla", "chunked"):
         return run(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
-    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
-    query_spec = partition((*names, None), query_BLNH.shape, mesh, rules)
+    mesh = jax.sharding.get_abstract_mesh()
+    query_spec = partition((*names, None), query_BLNH.shape, mesh, _rules())
     rows, tokens, head_axis, _ = query_spec
+    manual = {axis for target in (rows, tokens, head_axis) if target for axis in _mesh_axes(target)}
+    if not manual:
+        return run(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
     parts = 1 if head_axis is None else mesh.shape[head_axis]
     # Fewer key-value heads than parts: each goes to all the devices whose queries see it.
     repeats = math.lcm(key_BSKH.shape[2], parts) // key_BSKH.shape[2]
@@ -155,10 +185,18 @@ def attention_by_parts(
         run,
         in_specs=(query_spec, key_spec, key_spec, PartitionSpec(rows, tokens), PartitionSpec(rows, None)),
         out_specs=query_spec,
+        axis_names=manual,
         # Loops over blocks begin with constants, which are the same everywhere as their results are not.
         check_vma=False,
     )(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
 
 
+def _rules() -> Rules:
+    """The rules in force, without those over mesh axes along which the code is split by hand already."""
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    rules = nn.get_logical_axis_rules()
+    return [rule for rule in rules if not manual & set(_mesh_axes(rule[1]))]
+
+
 def _partitioned() -> bool:
-    return not jax.sharding.get_abstract_mesh().empty and bool(nn.get_logical_axis_rules())
+    return not jax.sharding.get_abstract_mesh().empty and bool(_rules())

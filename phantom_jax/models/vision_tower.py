@@ -195,7 +195,7 @@ class VisionTower(nn.Module):
 
         def parameter(name, init, names, shape):
             stored = self.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32)
-            return gather(stored.astype(self.dtype), names)
+            return gather(stored.astype(self.dtype), names) if len(shape) > 1 else stored.astype(self.dtype)
 
         kernel = parameter(
             "patch_kernel",
