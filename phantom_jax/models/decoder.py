@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from phantom_jax import axes
 from phantom_jax.models.cache import Cache, LayerCache
 from phantom_jax.models.layers import Dense, RMSNorm
 from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_sos
+from phantom_jax.models.remat import KEY, MIXED, QUERY, VALUE, rematerialized
+from phantom_jax.ops import cross_entropy
 from phantom_jax.ops import rope as rotary
 from phantom_jax.ops.attention import Structure, attention
 from phantom_jax.sizes import MOST_LAYERS, check_positive, check_size
@@ -121,7 +124,7 @@ class Attention(nn.Module):
         config = self.config
 
         def project(name, heads, axis):
-            return Dense(
+            projected = Dense(
                 (config.embed_dim,),
                 (heads, config.head_dim),
                 (axes.EMBED,),
@@ -130,10 +133,11 @@ class Attention(nn.Module):
                 self.dtype,
                 name=name,
             )(x_BLD)
+            return checkpoint_name(projected, name)
 
-        query = rotary.rotate(project("query", config.num_heads, axes.HEADS), context.cosine, context.sine)
-        key = rotary.rotate(project("key", config.num_kv_heads, axes.KV_HEADS), context.cosine, context.sine)
-        value = project("value", config.num_kv_heads, axes.KV_HEADS)
+        query = rotary.rotate(project(QUERY, config.num_heads, axes.HEADS), context.cosine, context.sine)
+        key = rotary.rotate(project(KEY, config.num_kv_heads, axes.KV_HEADS), context.cosine, context.sine)
+        value = project(VALUE, config.num_kv_heads, axes.KV_HEADS)
         dimension = None
         if config.phantom is not None:
             dimension = PhantomDimension(config.phantom, config.head_dim, self.dtype, name="phantom")
@@ -168,7 +172,7 @@ class Attention(nn.Module):
             (2 * config.num_layers) ** -0.5,
             name="out",
         )(out.astype(self.dtype))
-        return out, cache
+        return checkpoint_name(out, MIXED), cache
 
 
 class DecoderLayer(nn.Module):
@@ -211,6 +215,7 @@ class Decoder(nn.Module):
         runs over them (training: compiles fast, and is sharded and rematerialised layer by layer). Otherwise each
         layer has parameters of its own, `layers_0/...`, and only then there is a cache: a product of one token with
         weights is bound by memory, and taking a layer out of a stack copies it first. See `unstack_layers`.
+      remat: what scanned layers keep for the backward pass, see `models.remat`.
     """
 
     config: DecoderConfig
@@ -218,6 +223,7 @@ class Decoder(nn.Module):
     attention_backend: str = "xla"
     keep_layer_inputs: bool = False
     scan_layers: bool = True
+    remat: str = "none"
 
     def setup(self):
         config = self.config
@@ -237,7 +243,7 @@ class Decoder(nn.Module):
         layer = functools.partial(DecoderLayer, config, self.dtype, self.attention_backend, self.keep_layer_inputs)
         if self.scan_layers:
             scanned = nn.scan(
-                DecoderLayer,
+                rematerialized(DecoderLayer, self.remat),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
@@ -254,10 +260,29 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """[B, L, V] float32."""
+        return self._tied_logits(self.embedding, hidden_BLD) if self.config.tie_embeddings else self.head(hidden_BLD)
+
+    @nn.nowrap
+    def _tied_logits(self, embedding_VD, hidden_BLD):
+        embedding_VD = embedding_VD.astype(self.dtype)
+        return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
+
+    def target_scores(self, hidden_BLD: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-probability and correctness of each target, without the logits of all: see `ops.cross_entropy`."""
+        if self.is_initializing():
+            self.logits(hidden_BLD[:, :1])
+        # A module is not called inside a loop of JAX's own; a function of its parameters is.
         if self.config.tie_embeddings:
-            embedding = self.embedding.astype(self.dtype)
-            return jnp.einsum("bld,vd->blv", hidden_BLD, embedding, preferred_element_type=jnp.float32)
-        return self.head(hidden_BLD)
+            logits, weights = self._tied_logits, self.embedding
+        else:
+            head, variables = self.head.unbind()
+            weights = variables, {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
+
+            def logits(weights, hidden_BLD):
+                variables, rngs = weights
+                return head.apply(variables, hidden_BLD, rngs=rngs)
+
+        return cross_entropy.target_scores(logits, weights, hidden_BLD, targets_BL, vocabulary=self.config.vocab_size)
 
     def __call__(
         self,
