@@ -20,7 +20,7 @@ from phantom_jax.errors import InputError
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("xla", "chunked")
+ATTENTION_BACKENDS = ("xla", "chunked", "splash", "cudnn")
 REMAT = ("none", "dots", "names", "full")
 STRATEGIES = ("zero3", "zero2", "tensor", "zero3_tensor", "zero2_tensor")
 QUANTIZE = ("none", "int8", "nf4")

@@ -9,14 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from phantom_jax import axes
 from phantom_jax.models.cache import Cache, LayerCache
 from phantom_jax.models.layers import Dense, RMSNorm
-from phantom_jax.models.partitioning import attention_by_parts, constrain, gather, gathered_again, look_up
+from phantom_jax.models.partitioning import (
+    attention_by_parts,
+    constrain,
+    gather,
+    gather_kernel,
+    gathered_again,
+    look_up,
+)
 from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_sos
+from phantom_jax.models.remat import KEY, MIXED, QUERY, VALUE, rematerialized
+from phantom_jax.ops import cross_entropy
 from phantom_jax.ops import rope as rotary
 from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.linear import linear
 from phantom_jax.sizes import MOST_LAYERS, check_positive, check_size
 from phantom_jax.trees import flatten, unflatten
 
@@ -122,7 +133,7 @@ class Attention(nn.Module):
         config = self.config
 
         def project(name, heads, axis):
-            return Dense(
+            projected = Dense(
                 (config.embed_dim,),
                 (heads, config.head_dim),
                 (axes.EMBED,),
@@ -131,10 +142,11 @@ class Attention(nn.Module):
                 self.dtype,
                 name=name,
             )(x_BLD)
+            return checkpoint_name(projected, name)
 
-        query = rotary.rotate(project("query", config.num_heads, axes.HEADS), context.cosine, context.sine)
-        key = rotary.rotate(project("key", config.num_kv_heads, axes.KV_HEADS), context.cosine, context.sine)
-        value = project("value", config.num_kv_heads, axes.KV_HEADS)
+        query = rotary.rotate(project(QUERY, config.num_heads, axes.HEADS), context.cosine, context.sine)
+        key = rotary.rotate(project(KEY, config.num_kv_heads, axes.KV_HEADS), context.cosine, context.sine)
+        value = project(VALUE, config.num_kv_heads, axes.KV_HEADS)
         dimension = None
         if config.phantom is not None:
             dimension = PhantomDimension(config.phantom, config.head_dim, self.dtype, name="phantom")
@@ -173,7 +185,7 @@ class Attention(nn.Module):
             (2 * config.num_layers) ** -0.5,
             name="out",
         )(out.astype(self.dtype))
-        return out, cache
+        return checkpoint_name(out, MIXED), cache
 
 
 class DecoderLayer(nn.Module):
@@ -216,6 +228,7 @@ class Decoder(nn.Module):
         runs over them (training: compiles fast, and is sharded and rematerialised layer by layer). Otherwise each
         layer has parameters of its own, `layers_0/...`, and only then there is a cache: a product of one token with
         weights is bound by memory, and taking a layer out of a stack copies it first. See `unstack_layers`.
+      remat: what scanned layers keep for the backward pass, see `models.remat`.
     """
 
     config: DecoderConfig
@@ -223,6 +236,7 @@ class Decoder(nn.Module):
     attention_backend: str = "xla"
     keep_layer_inputs: bool = False
     scan_layers: bool = True
+    remat: str = "none"
 
     def setup(self):
         config = self.config
@@ -242,7 +256,7 @@ class Decoder(nn.Module):
         layer = functools.partial(DecoderLayer, config, self.dtype, self.attention_backend, self.keep_layer_inputs)
         if self.scan_layers:
             scanned = nn.scan(
-                DecoderLayer,
+                rematerialized(DecoderLayer, self.remat),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
@@ -261,12 +275,32 @@ class Decoder(nn.Module):
         """[B, L, V] float32."""
 
         def tied(hidden_BLD, embedding):
-            embedding = gather(embedding.astype(self.dtype), (axes.VOCAB, axes.EMBED))
-            return jnp.einsum("bld,vd->blv", hidden_BLD, embedding, preferred_element_type=jnp.float32)
+            return self._tied_logits(gather(embedding.astype(self.dtype), (axes.VOCAB, axes.EMBED)), hidden_BLD)
 
         tie = self.config.tie_embeddings
         logits = gathered_again(tied)(hidden_BLD, self.embedding) if tie else self.head(hidden_BLD)
         return constrain(logits, (axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, axes.VOCAB))
+
+    @nn.nowrap
+    def _tied_logits(self, embedding_VD, hidden_BLD):
+        embedding_VD = embedding_VD.astype(self.dtype)
+        return jnp.einsum("bld,vd->blv", hidden_BLD, embedding_VD, preferred_element_type=jnp.float32)
+
+    def target_scores(self, hidden_BLD: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-probability and correctness of each target, without the logits of all: see `ops.cross_entropy`."""
+        if self.is_initializing():
+            self.logits(hidden_BLD[:, :1])
+        if self.config.tie_embeddings:
+            weights, logits = gather(self.embedding.astype(self.dtype), (axes.VOCAB, axes.EMBED)), self._tied_logits
+        else:
+            weights = gather_kernel(self.head.get_variable("params", "kernel"), (axes.EMBED,), (axes.VOCAB,), self.dtype)
+
+            def logits(kernel, hidden_BLD):
+                return linear(hidden_BLD, kernel, 1, self.dtype, jnp.float32)
+
+        # Gathered once for all chunks; their gradients are summed in float32.
+        weights = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == self.dtype else x, weights)
+        return cross_entropy.target_scores(logits, weights, hidden_BLD, targets_BL, vocabulary=self.config.vocab_size)
 
     def __call__(
         self,

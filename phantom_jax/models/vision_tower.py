@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from phantom_jax import axes
 from phantom_jax.models.layers import Dense, LayerNorm, RMSNorm, scaled_normal
 from phantom_jax.models.partitioning import attention_by_parts, constrain, gather
+from phantom_jax.models.remat import KEY, MIXED, QUERY, VALUE, rematerialized
 from phantom_jax.ops import image as image_ops
 from phantom_jax.ops import norm as norm_ops
 from phantom_jax.sizes import MOST_LAYERS, MOST_PIXELS, check_positive, check_size
@@ -116,7 +118,7 @@ class VisionLayer(nn.Module):
             return y * scale.astype(y.dtype)[None, None, :]
 
         def project(name):
-            return Dense(
+            projected = Dense(
                 (config.embed_dim,),
                 (heads, head_dim),
                 (axes.VISION_EMBED,),
@@ -124,10 +126,11 @@ class VisionLayer(nn.Module):
                 config.qkv_bias,
                 self.dtype,
                 name=name,
-            )
+            )(y)
+            return checkpoint_name(projected, name)
 
         y = norm(config.norm_epsilon, name="norm_1")(x_BPD)
-        query, key, value = (project(name)(y) for name in ("query", "key", "value"))
+        query, key, value = map(project, (QUERY, KEY, VALUE))
         if config.qk_norm:
             query = HeadNorm(config.norm_epsilon, name="query_norm")(query)
             key = HeadNorm(config.norm_epsilon, name="key_norm")(key)
@@ -149,7 +152,7 @@ class VisionLayer(nn.Module):
             depth_gain,
             name="out",
         )(y)
-        x_BPD = x_BPD + residual_scale("layer_scale_1", y)
+        x_BPD = x_BPD + residual_scale("layer_scale_1", checkpoint_name(y, MIXED))
         y = norm(config.norm_epsilon, name="norm_2")(x_BPD)
         y = Dense(
             (config.embed_dim,),
@@ -184,6 +187,7 @@ class VisionTower(nn.Module):
     config: VisionTowerConfig
     dtype: Any = jnp.float32
     attention_backend: str = "xla"
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, pixels_BHWC: jax.Array) -> jax.Array:
@@ -221,7 +225,7 @@ class VisionTower(nn.Module):
         if config.pre_norm:
             x_BPD = LayerNorm(config.norm_epsilon, name="pre_norm")(x_BPD)
         layers = nn.scan(
-            VisionLayer,
+            rematerialized(VisionLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=config.num_layers,

@@ -73,6 +73,7 @@ class VisionLanguageModel(nn.Module):
       attention_backend: of tower and decoder, see `ops.attention`.
       keep_layer_inputs: whether `hidden_states` also returns the input of every decoder layer.
       scan_layers: of the decoder; only False has a cache.
+      remat: of tower and scanned decoder, see `models.remat`.
     """
 
     config: VisionLanguageConfig
@@ -80,13 +81,19 @@ class VisionLanguageModel(nn.Module):
     attention_backend: str = "xla"
     keep_layer_inputs: bool = False
     scan_layers: bool = True
+    remat: str = "none"
 
     def setup(self):
         config = self.config
-        self.vision_tower = VisionTower(config.vision_tower, self.dtype, self.attention_backend)
+        self.vision_tower = VisionTower(config.vision_tower, self.dtype, self.attention_backend, self.remat)
         self.projector = Projector(config.projector, self.dtype)
         self.language_model = Decoder(
-            config.language_model, self.dtype, self.attention_backend, self.keep_layer_inputs, self.scan_layers
+            config.language_model,
+            self.dtype,
+            self.attention_backend,
+            self.keep_layer_inputs,
+            self.scan_layers,
+            self.remat,
         )
 
     def image_features(self, pixels_BIHWC: jax.Array) -> jax.Array:
@@ -141,12 +148,8 @@ class VisionLanguageModel(nn.Module):
 
     def score(self, batch: Mapping[str, jax.Array], *, rope_length: int) -> TokenScores:
         """Log-probability and correctness of every target of the batch."""
-        targets = batch["targets"]
-        logits = self(batch, rope_length=rope_length)
-        present = targets != IGNORE
-        chosen = jnp.take_along_axis(logits, jnp.where(present, targets, 0)[:, :, None], axis=-1)[:, :, 0]
-        log_probs = jnp.where(present, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
-        return TokenScores(log_probs, ~present | (jnp.argmax(logits, axis=-1) == targets))
+        hidden_BLD = self.hidden_states(batch, rope_length=rope_length).hidden
+        return TokenScores(*self.language_model.target_scores(hidden_BLD, batch["targets"]))
 
 
 def abstract_parameters(model: VisionLanguageModel) -> Any:

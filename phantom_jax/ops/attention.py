@@ -5,8 +5,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-BACKENDS = ("xla", "chunked")
+from phantom_jax.ops import cudnn
+from phantom_jax.ops.backends import BACKENDS as BACKENDS
+from phantom_jax.ops.backends import SUPPORTS as SUPPORTS
+from phantom_jax.ops.backends import check_backend, check_rows, check_tokens, honoured
+from phantom_jax.ops.partition import TOKENS, size
+
+OUTPUT = "attention"
+"""Under this name the backward pass finds attention's output, where it is kept, see `jax.checkpoint_policies`."""
 # Large enough to vanish in a softmax, finite so that a row without keys gives zeros and not NaN.
 _MASKED = -1e30
 
@@ -53,17 +61,19 @@ def attention(
       scale: factor on the scores.
       query_structure, key_structure: [B, L] and [B, S]; both None means that everything sees everything (vision).
       backend: `xla` holds scores [B, N, L, S]; `chunked` never holds more than [B, N, chunk, chunk] of them, forward
-        and backward.
+        and backward; `splash` and `cudnn` are kernels of a TPU and a GPU, see `ops.backends` for what they take.
       chunk: side of a block of scores, `chunked` only.
 
     Returns:
-      [B, L, N, E] float32: what follows (the phantom gate) needs the precision. Zeros where a query sees no key.
+      [B, L, N, E] float32: what follows (the phantom gate) needs the precision. The kernels round to the inputs' dtype
+      first. Zeros where a query sees no key. A row that the backend cannot honour is refused where its structure is
+      known, and NaN in a program that is compiled, where it is not.
 
     Raises:
-      ValueError: the backend is unknown, or the shapes or structures do not fit one another.
+      InputError: the backend does not exist, does not run here, or cannot honour the heads or the structure.
+      ValueError: the shapes or structures do not fit one another.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} does not exist here: use one of {', '.join(BACKENDS)}")
+    check_backend(backend, query_BLNH.dtype, query_BLNH.shape[3])
     batch, length, heads, head_dim = query_BLNH.shape
     kv_heads = key_BSKH.shape[2]
     if heads % kv_heads:
@@ -76,12 +86,33 @@ def attention(
         for what, structure, tensor in (("query", query_structure, query_BLNH), ("key", key_structure, key_BSKH)):
             if structure.shape != tensor.shape[:2]:
                 raise ValueError(f"{what} structure {structure.shape} does not fit {what} {tensor.shape}")
+    if backend in ("splash", "cudnn"):
+        check_tokens(backend, length, key_BSKH.shape[1], size(TOKENS))
+        return _kernel(query_BLNH, key_BSKH, value_BSKE, query_structure, scale, backend)
     query_BLKGH = query_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     if backend == "chunked":
         out = _chunked(query_BLKGH, key_BSKH, value_BSKE, query_structure, key_structure, scale, chunk)
     else:
         out = _xla(query_BLKGH, key_BSKH, value_BSKE, query_structure, key_structure, scale)
-    return out.reshape(batch, length, heads, value_BSKE.shape[3])
+    return checkpoint_name(out.reshape(batch, length, heads, value_BSKE.shape[3]), OUTPUT)
+
+
+def _kernel(query_BLNH, key_BLKH, value_BLKE, structure, scale, backend):
+    segments = None if structure is None else structure.segment_ids
+    if backend == "splash":
+        from phantom_jax.ops import splash  # loads Pallas, half a second that nobody else pays
+
+        out = splash.attend(query_BLNH, key_BLKH, value_BLKE, segments, scale=scale, name=OUTPUT)
+    else:
+        real = None if segments is None else segments > 0
+        out = checkpoint_name(cudnn.attend(query_BLNH, key_BLKH, value_BLKE, real, scale=scale), OUTPUT)
+    out = out.astype(jnp.float32)
+    if structure is None:
+        return out
+    if not isinstance(structure.segment_ids, jax.core.Tracer):
+        check_rows(backend, structure.segment_ids, structure.branch_ids)
+    rows = honoured(backend, structure.segment_ids, structure.branch_ids)
+    return jnp.where(rows[:, None, None, None], out, jnp.nan)
 
 
 def visible(query: Structure, key: Structure) -> jax.Array:

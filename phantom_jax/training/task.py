@@ -65,6 +65,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
     from phantom_jax.data import pipeline, sources
     from phantom_jax.models.vlm import VisionLanguageModel
+    from phantom_jax.ops.backends import check_backend
     from phantom_jax.ops.image import normalize_pixels
     from phantom_jax.sharding.rules import parameter_names
 
@@ -73,7 +74,10 @@ def assemble(config: Mapping[str, Any]) -> Task:
     tokenizer = sources.open_tokenizer(name, data_dir)
     model_config = _model_config(config["model"], tokenizer.get_vocab_size(with_added_tokens=True))
     processor = _processor(config["processor"], tokenizer, model_config)
-    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]), config["model"]["attention_backend"])
+    settings = config["model"]
+    backend, dtype = settings["attention_backend"], jnp.dtype(settings["dtype"])
+    check_backend(backend, dtype)
+    model = VisionLanguageModel(model_config, dtype, backend, remat=settings["remat"])
     rope_length = processor.max_length
 
     def prepared(batch):
