@@ -76,7 +76,7 @@ PHASE = {
     "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "patterns": LINEARS},
     "quantize": {"kind": "none", "patterns": LINEARS},
 }
-"""One phase. `trainable` are globs over parameter paths, see `phantom_jax.training.state`. `batch_size` counts the rows
+"""One phase. `trainable` are globs over parameter paths, see `phantom_jax.patterns`. `batch_size` counts the rows
 of a step, over all micro-batches and devices. A `max_digits` of 0 takes images of any number of digits. `data.sources`
 are weights by the name of a data set; none is all of the run's `data.name`. A `lora.rank` of 0 is no adapter. The
 patterns of `lora` and `quantize` are globs over the kernels of linear maps: those that are adapted, and those whose

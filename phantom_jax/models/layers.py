@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from phantom_jax import axes
 from phantom_jax.ops import norm
-from phantom_jax.ops.quantize import QuantizedTensor, matmul
+from phantom_jax.ops.linear import LowRankKernel, linear
+from phantom_jax.ops.quantize import QuantizedTensor
 
 
 def scaled_normal(fan_in: int, gain: float = 1.0) -> Any:
@@ -21,15 +22,16 @@ def scaled_normal(fan_in: int, gain: float = 1.0) -> Any:
 class Dense(nn.Module):
     """Linear map of the last `len(input_shape)` axes to `output_shape`, with logical axis names.
 
-    Initialisation gives a float kernel; where the parameters hold a `QuantizedTensor` in its place, that is used.
+      Initialisation gives a float kernel; where the parameters hold a `QuantizedTensor` or a `LowRankKernel` in its
+    place, that is used.
 
-    Attributes:
-      input_shape, output_shape: sizes of the contracted and of the new axes.
-      input_axes, output_axes: logical axis names of the kernel [*input_shape, *output_shape].
-      use_bias: whether a bias [*output_shape] is added.
-      dtype: of the computation; parameters keep their own.
-      gain: factor on the initial standard deviation 1 / sqrt(fan-in).
-      output_dtype: of the accumulation and the result, where `dtype` would lose too much (logits).
+      Attributes:
+        input_shape, output_shape: sizes of the contracted and of the new axes.
+        input_axes, output_axes: logical axis names of the kernel [*input_shape, *output_shape].
+        use_bias: whether a bias [*output_shape] is added.
+        dtype: of the computation; parameters keep their own.
+        gain: factor on the initial standard deviation 1 / sqrt(fan-in).
+        output_dtype: of the accumulation and the result, where `dtype` would lose too much (logits).
     """
 
     input_shape: Sequence[int]
@@ -46,18 +48,12 @@ class Dense(nn.Module):
         inputs, outputs = tuple(self.input_shape), tuple(self.output_shape)
         # Asked for first: `param` compares the leaves it finds with the shape of a float kernel.
         kernel = self.get_variable("params", "kernel")
-        if isinstance(kernel, QuantizedTensor):
-            y = matmul(x, kernel, self.dtype, self.output_dtype)
-        else:
+        if not isinstance(kernel, QuantizedTensor | LowRankKernel):
             init = nn.with_logical_partitioning(
                 scaled_normal(math.prod(inputs), self.gain), (*self.input_axes, *self.output_axes)
             )
-            kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32).astype(self.dtype)
-            contracted = len(inputs)
-            dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-            y = jax.lax.dot_general(
-                x.astype(self.dtype), kernel, (dimensions, ((), ())), preferred_element_type=self.output_dtype
-            )
+            kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32)
+        y = linear(x, kernel, len(inputs), self.dtype, self.output_dtype)
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.output_axes))
             bias = self.param("bias", bias_init, outputs, jnp.float32).astype(self.dtype)
