@@ -375,8 +375,15 @@ def _check_value(path: str, key: str, value: Any, default: Any) -> Iterator[str]
 
 
 def _check_run(values: Mapping) -> Iterator[str]:
-    if not values["model"]["name"]:
+    model = values["model"]
+    if not model["name"] and not model["weights"]:
         yield "model.name is empty; set it to a model of phantom_jax.models.zoo, 'phantom-0.5b' for instance."
+    overrides = sorted(set(model) - set(DEFAULTS["model"]))
+    if not model["name"] and model["weights"] and overrides:
+        yield (
+            f"model.{overrides[0]} is set, but not model.name: the folder in model.weights decides what the model is;"
+            f" leave model.{overrides[0]} out."
+        )
     rest = [axis for axis, size in values["mesh"].items() if size == -1]
     if len(rest) > 1:
         yield f"mesh.{rest[0]} and mesh.{rest[1]} are both -1; one axis at most takes the devices that are left."

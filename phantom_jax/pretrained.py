@@ -26,10 +26,10 @@ from phantom_jax.layouts import MODEL_LAYOUTS, check_name
 from phantom_jax.models.decoder import unstack_layers
 from phantom_jax.models.quantization import check_kind, quantize_kernel
 from phantom_jax.models.vlm import VisionLanguageModel
-from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import Processor, Prompt
 from phantom_jax.sharding.mesh import make_mesh
-from phantom_jax.sharding.placement import on_host, place, quantized_shardings
+from phantom_jax.sharding.parameters import place_parameters
+from phantom_jax.sharding.placement import on_host
 from phantom_jax.sharding.rules import DECODING, parameter_shardings
 from phantom_jax.trees import flatten, unflatten
 
@@ -259,7 +259,11 @@ def load(
     model = VisionLanguageModel(checkpoint.config, dtype, scan_layers=False)
     return VisionLanguage(
         model,
-        _on_devices(params, model, devices, quantize),
+        place_parameters(
+            params,
+            None if devices is None else flatten(parameter_shardings(model, devices, DECODING)),
+            quantize=None if quantize is None else lambda path, array: quantize_kernel(path, array, quantize),
+        ),
         processor,
         checkpoint.published,
         checkpoint.tokens,
@@ -269,23 +273,6 @@ def load(
         int8_cache,
         devices,
     )
-
-
-def _on_devices(params: Any, model: VisionLanguageModel, mesh: jax.sharding.Mesh | None, quantize: str | None) -> Any:
-    """Parameters on a mesh or on the first device, one after the other; a kernel that is quantised is so at once."""
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = {} if mesh is None else flatten(parameter_shardings(model, mesh, DECODING))
-    placed: dict[str, Any] = {}
-    for path, array in flatten(params).items():
-        sharding = shardings.get(path, one)
-        if isinstance(array, QuantizedTensor):
-            fields = jax.tree.map(lambda _: one, array) if mesh is None else quantized_shardings(array, sharding)
-            placed[path] = jax.tree.map(place, array, fields)
-        else:
-            placed[path] = place(array, sharding)
-        if quantize is not None:
-            placed[path] = quantize_kernel(path, placed[path], quantize)
-    return unflatten(placed)
 
 
 def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = "ours") -> None:
