@@ -1,7 +1,8 @@
 """One run, from top to bottom: all phases of a config in one workdir, from wherever it stands.
 
 A workdir holds `config.json` (the resolved config), `metrics.jsonl`, `checkpoints/STEP/`, `models/PHASE/` (the model
-after each phase but the last) and `model/` (after the last). Phases with low-rank factors write adapters, see `exports`.
+after each phase but the last) and `model/` (after the last). Phases with low-rank factors write adapters, see
+`exports`.
 """
 
 import contextlib

@@ -45,9 +45,9 @@ class Task:
         Parameters are jax's arrays, or read when they are asked for (`StoredArray`).
       export_adapter: does so with an adapter: the trainable tree, factors and parameters trained in full, the adapter,
         the folder of the model that it is for, and the new folder.
-      load_params: gives the parameters that the run begins with instead of those of `init_params`. Its arguments are the
-        dtype of a float array by path and what gives the array at a path in its final form, quantised or as it is; see
-        `sharding.parameters.place_parameters`.
+      load_params: gives the parameters that the run begins with instead of those of `init_params`. Its arguments are
+        the dtype of a float array by path and what gives the array at a path in its final form, quantised or as it is;
+        see `sharding.parameters.place_parameters`.
     """
 
     init_params: Callable[[jax.Array], Params]
