@@ -101,7 +101,8 @@ def _quantized_backward(dtype, output_dtype, tensor, dy):
     kernel, inputs = dequantize(tensor, dtype), len(tensor.input_shape)
     outputs = len(tensor.output_shape)
     dimensions = (tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(inputs, inputs + outputs)))
-    return jax.lax.dot_general(dy.astype(dtype), kernel, (dimensions, ((), ()))), None
+    dx = jax.lax.dot_general(dy, kernel, (dimensions, ((), ())), preferred_element_type=dy.dtype)
+    return dx.astype(dtype), None
 
 
 _quantized.defvjp(_quantized_forward, _quantized_backward)
