@@ -83,7 +83,7 @@ def trained(golden, tmp_path_factory):
         (folder / name).mkdir()
         written = adapter_of(tree, lora, model=base.description, base=str(golden / "llava-hf"), template="vicuna_v1")
         adapter_folder.write(written, folder / name, format="ours")
-        convert(folder / name, folder / f"{name}_peft", layout="peft")
+        convert(str(folder / name), str(folder / f"{name}_peft"), layout="peft")
     adapted = peft.PeftModel.from_pretrained(llava(golden), folder / "ours_peft", is_trainable=True).eval()
     output = adapted(**theirs)
     output.loss.backward()
