@@ -76,7 +76,7 @@ PHASE = {
     "lora": {"rank": 0, "alpha": 16.0, "dropout": 0.0, "patterns": LINEARS},
     "quantize": {"kind": "none", "patterns": LINEARS},
 }
-"""One phase. `trainable` are globs over parameter paths, see `phantom_jax.training.state`. `batch_size` counts the rows
+"""One phase. `trainable` are globs over parameter paths, see `phantom_jax.patterns`. `batch_size` counts the rows
 of a step, over all micro-batches and devices. A `max_digits` of 0 takes images of any number of digits. `data.sources`
 are weights by the name of a data set; none is all of the run's `data.name`. A `lora.rank` of 0 is no adapter. The
 patterns of `lora` and `quantize` are globs over the kernels of linear maps: those that are adapted, and those whose
@@ -375,8 +375,15 @@ def _check_value(path: str, key: str, value: Any, default: Any) -> Iterator[str]
 
 
 def _check_run(values: Mapping) -> Iterator[str]:
-    if not values["model"]["name"]:
+    model = values["model"]
+    if not model["name"] and not model["weights"]:
         yield "model.name is empty; set it to a model of phantom_jax.models.zoo, 'phantom-0.5b' for instance."
+    overrides = sorted(set(model) - set(DEFAULTS["model"]))
+    if not model["name"] and model["weights"] and overrides:
+        yield (
+            f"model.{overrides[0]} is set, but not model.name: the folder in model.weights decides what the model is;"
+            f" leave model.{overrides[0]} out."
+        )
     rest = [axis for axis, size in values["mesh"].items() if size == -1]
     if len(rest) > 1:
         yield f"mesh.{rest[0]} and mesh.{rest[1]} are both -1; one axis at most takes the devices that are left."

@@ -28,7 +28,8 @@ from phantom_jax.models.quantization import check_kind, quantize_kernel
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.processor import Processor, Prompt
 from phantom_jax.sharding.mesh import make_mesh
-from phantom_jax.sharding.placement import on_host, place
+from phantom_jax.sharding.parameters import place_parameters
+from phantom_jax.sharding.placement import on_host
 from phantom_jax.sharding.rules import DECODING, leaf_sharding, parameter_names
 from phantom_jax.trees import flatten, unflatten
 
@@ -258,7 +259,13 @@ def load(
     model = VisionLanguageModel(checkpoint.config, dtype, scan_layers=False)
     return VisionLanguage(
         model,
-        _on_devices(params, model, devices, quantize),
+        place_parameters(
+            params,
+            None
+            if devices is None
+            else functools.partial(leaf_sharding, names=parameter_names(model), mesh=devices, rules=DECODING),
+            quantize=None if quantize is None else lambda path, array: quantize_kernel(path, array, quantize),
+        ),
         processor,
         checkpoint.published,
         checkpoint.tokens,
@@ -268,22 +275,6 @@ def load(
         int8_cache,
         devices,
     )
-
-
-def _on_devices(params: Any, model: VisionLanguageModel, mesh: jax.sharding.Mesh | None, quantize: str | None) -> Any:
-    """Parameters on a mesh or on the first device, one after the other; a kernel that is quantised is so at once."""
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    names = {} if mesh is None else parameter_names(model)
-    placed: dict[str, Any] = {}
-    for path, array in flatten(params).items():
-        if mesh is None:
-            where = jax.tree.map(lambda _: one, array)
-        else:
-            where = leaf_sharding(path, array, names, mesh, DECODING)
-        placed[path] = jax.tree.map(place, array, where)
-        if quantize is not None:
-            placed[path] = quantize_kernel(path, placed[path], quantize)
-    return unflatten(placed)
 
 
 def save(handle: VisionLanguage, path: str | os.PathLike[str], *, format: str = "ours") -> None:

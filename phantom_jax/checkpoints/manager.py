@@ -6,6 +6,7 @@ or absent: Orbax writes to a temporary folder and renames it. Leftovers of a kil
 """
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,20 @@ import jax
 import orbax.checkpoint as ocp
 
 from phantom_jax.errors import InputError
+from phantom_jax.ops.quantize import QuantizedTensor
 
 State = TypeVar("State")
+
+
+def _kernel_to_dict(kernel: QuantizedTensor) -> dict[str, Any]:
+    arrays = {name: getattr(kernel, name) for name in ("codes", "scales", "block_codes", "block_mean")}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+# What is no array, kind and sizes of a quantised kernel, follows from the config.
+flax.serialization.register_serialization_state(
+    QuantizedTensor, _kernel_to_dict, lambda kernel, arrays: dataclasses.replace(kernel, **arrays)
+)
 
 
 def open_manager(directory: str | Path, *, keep: int) -> ocp.CheckpointManager:

@@ -11,7 +11,8 @@ from flax import linen as nn
 from phantom_jax import axes
 from phantom_jax.models.partitioning import gather_kernel, gathered_again
 from phantom_jax.ops import norm
-from phantom_jax.ops.quantize import QuantizedTensor, matmul
+from phantom_jax.ops.linear import LowRankKernel, linear
+from phantom_jax.ops.quantize import QuantizedTensor
 
 
 def scaled_normal(fan_in: int, gain: float = 1.0) -> Any:
@@ -22,7 +23,8 @@ def scaled_normal(fan_in: int, gain: float = 1.0) -> Any:
 class Dense(nn.Module):
     """Linear map of the last `len(input_shape)` axes to `output_shape`, with logical axis names.
 
-    Initialisation gives a float kernel; where the parameters hold a `QuantizedTensor` in its place, that is used.
+    Initialisation gives a float kernel; where the parameters hold a `QuantizedTensor` or a `LowRankKernel` in its
+    place, that is used.
 
     Attributes:
       input_shape, output_shape: sizes of the contracted and of the new axes.
@@ -47,23 +49,15 @@ class Dense(nn.Module):
         inputs, outputs = tuple(self.input_shape), tuple(self.output_shape)
         # Asked for first: `param` compares the leaves it finds with the shape of a float kernel.
         kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, QuantizedTensor):
+        if not isinstance(kernel, QuantizedTensor | LowRankKernel):
             init = nn.with_logical_partitioning(
                 scaled_normal(math.prod(inputs), self.gain), (*self.input_axes, *self.output_axes)
             )
             kernel = self.param("kernel", init, (*inputs, *outputs), jnp.float32)
 
         def product(x, kernel):
-            if isinstance(kernel, QuantizedTensor):
-                kernel = gather_kernel(kernel, self.input_axes, self.output_axes)
-                return matmul(x, kernel, self.dtype, self.output_dtype)
-            # Cast first: half as much travels.
-            kernel = gather_kernel(kernel.astype(self.dtype), self.input_axes, self.output_axes)
-            contracted = len(inputs)
-            dimensions = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
-            return jax.lax.dot_general(
-                x.astype(self.dtype), kernel, (dimensions, ((), ())), preferred_element_type=self.output_dtype
-            )
+            kernel = gather_kernel(kernel, self.input_axes, self.output_axes, self.dtype)
+            return linear(x, kernel, len(inputs), self.dtype, self.output_dtype)
 
         y = gathered_again(product)(x, kernel)
         if self.use_bias:

@@ -4,6 +4,7 @@ Whoever traces sets a mesh (`jax.set_mesh`) and the rules that map names to its 
 the `computation` of a strategy in `sharding/rules.py`). Without a mesh or without rules nothing here does anything.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from phantom_jax import axes
 from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.ops.linear import Kernel, LowRankKernel
 from phantom_jax.ops.quantize import QuantizedTensor
 
 Names = Sequence[str | None]
@@ -103,10 +105,24 @@ def _gather_backward(names, _, gradient):
 gather.defvjp(_gather_forward, _gather_backward)
 
 
-def gather_kernel(kernel: jax.Array | QuantizedTensor, inputs: Names, outputs: Names) -> jax.Array | QuantizedTensor:
-    """`gather` for the kernel of a linear map of one layer; of a quantised one the codes travel, not the values."""
+def gather_kernel(kernel: Kernel, inputs: Names, outputs: Names, dtype: Any) -> Kernel:
+    """`gather` for the kernel of a linear map of one layer; of a quantised one the codes travel, not the values.
+
+    Args:
+      kernel: [*inputs, *outputs].
+      inputs, outputs: logical names of its axes.
+      dtype: of the computation. Floats are cast before they travel, most of them to half their size.
+    """
+    inputs, outputs = tuple(inputs), tuple(outputs)
+    if isinstance(kernel, LowRankKernel):
+        return dataclasses.replace(
+            kernel,
+            kernel=gather_kernel(kernel.kernel, inputs, outputs, dtype),
+            a=gather(kernel.a.astype(dtype), (*inputs, axes.LORA_RANK)),
+            b=gather(kernel.b.astype(dtype), (axes.LORA_RANK, *outputs)),
+        )
     if not isinstance(kernel, QuantizedTensor):
-        return gather(kernel, (*inputs, *outputs))
+        return gather(kernel.astype(dtype), (*inputs, *outputs))
     if not _partitioned():
         return kernel
     return jax.tree.map(constrain, kernel, quantized_names(kernel, inputs, outputs))

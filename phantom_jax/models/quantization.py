@@ -3,26 +3,23 @@
 They are nearly all of a large model. Everything else keeps its dtype: norms and biases are small; embeddings and head
 are where an error reaches the probabilities of tokens directly; the phantom linears work on single heads, whose rows of
 64 to 128 numbers give little to save, and decide a branch that is small beside the rest. The released Phantom too keeps
-its phantom linears and its head out of 8 bits. Vision tower and projector run once an image.
+its phantom linears and its head out of 8 bits. Vision tower and projector run once an image. Training chooses for
+itself, see `quantize_linear`.
 """
 
-import re
 from typing import Any
 
 import jax
 
 from phantom_jax.errors import InputError
 from phantom_jax.layouts import QUANTIZATIONS
+from phantom_jax.models.linears import layer_axes, linear_inputs
 from phantom_jax.ops import quantize
-
-# Stacked layers are `layers`, layers of their own `layers_0`, `layers_1`, ...
-_KERNEL = re.compile(r"language_model/layers(_\d+)?/(attention/(?P<attention>query|key|value|out)|gate|up|down)/kernel")
 
 
 def kernel_inputs(path: str) -> int | None:
     """How many axes the kernel at a path contracts; None where it is not one of those that are quantised."""
-    match = _KERNEL.fullmatch(path)
-    return None if match is None else 2 if match["attention"] == "out" else 1
+    return linear_inputs(path) if path.startswith("language_model/layers") else None
 
 
 def check_kind(kind: str) -> None:
@@ -42,11 +39,21 @@ def quantize_kernel(path: str, array: Any, kind: str) -> Any:
     Raises:
       InputError: it is quantised already.
     """
-    inputs = kernel_inputs(path)
-    if inputs is None:
-        return array
+    return array if kernel_inputs(path) is None else quantize_linear(path, array, kind)
+
+
+def quantize_linear(path: str, array: Any, kind: str) -> Any:
+    """The kernel of any linear map, quantised; in training a phase says which ones are.
+
+    Args:
+      path: of the kernel, see `linears`.
+      array: jax's or numpy's; stacked layers are quantised one after another.
+      kind: `int8` or `nf4`.
+
+    Raises:
+      InputError: it is quantised already.
+    """
     if isinstance(array, quantize.QuantizedTensor):
         raise InputError(f"{path} is quantised to {array.kind} already: quantise the float model instead")
-    layers = 1 if "/layers/" in path else 0
     # Waiting bounds the memory: dispatched ahead, many kernels would be held in both forms.
-    return jax.block_until_ready(quantize.quantize(array, kind, inputs=inputs, layers=layers))
+    return jax.block_until_ready(quantize.quantize(array, kind, inputs=linear_inputs(path), layers=layer_axes(path)))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from phantom_jax import axes
-from phantom_jax.batch import IGNORE
 from phantom_jax.models.cache import Cache
 from phantom_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
 from phantom_jax.models.partitioning import constrain

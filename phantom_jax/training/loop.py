@@ -1,7 +1,8 @@
 """One run, from top to bottom: all phases of a config in one workdir, from wherever it stands.
 
 A workdir holds `config.json` (the resolved config), `metrics.jsonl`, `checkpoints/STEP/`, `models/PHASE/` (the model
-after each phase but the last) and `model/` (after the last).
+after each phase but the last) and `model/` (after the last). Phases with low-rank factors write adapters, see
+`exports`.
 """
 
 import contextlib
@@ -18,9 +19,10 @@ from phantom_jax import config as configs
 from phantom_jax.checkpoints import manager as checkpoints
 from phantom_jax.sharding.mesh import training_mesh
 from phantom_jax.training import metrics as metrics_lib
+from phantom_jax.training.exports import Exports
 from phantom_jax.training.phase import Phase, Progress, Say
 from phantom_jax.training.places import Places, check_mesh
-from phantom_jax.training.state import Params, merge
+from phantom_jax.training.state import Params
 from phantom_jax.training.task import Task, assemble
 from phantom_jax.training.workdir import check_workdir, claim_workdir, sole_owner
 
@@ -38,7 +40,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
       say: prints a line.
 
     Returns:
-      The parameters after the last phase.
+      The parameters after the last phase, an adapter merged; one on a quantised base stays beside it.
 
     Raises:
       InputError: the config is wrong, or the workdir belongs to another one. Nothing is overwritten.
@@ -56,6 +58,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
     places = Places(mesh, config["mesh"]["strategy"], task.parameter_names)
     places.check(shapes)
     phases = [Phase(config, index, task, shapes, places, say) for index in range(len(config["phases"]))]
+    exports = Exports(task, config, workdir, [phase.division for phase in phases], say)
     total_steps = sum(phase.steps for phase in phases)
     iterators = {}
     if not known:
@@ -85,7 +88,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                     state = checkpoints.restore_state(manager, latest, phase.abstract_state())
                     iterator.set_state(data_state)
                 else:
-                    state = phase.start(params)
+                    state, params = phase.start(params, exports.keep_base(index)), None
                     progress.phase, progress.phase_step = index, 0
 
                 def save(state, data_state):
@@ -93,20 +96,12 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                     checkpoints.save(manager, progress.step, state=state, data=data_state, meta=meta)
 
                 state = phase.run(state, iterator, progress, log=log, save=save, stop=stop, total_steps=total_steps)
-                params = merge(state.trainable, state.frozen)
+                exports.write(index, state)
+                params = phase.result(state)
                 # The optimiser's state must be gone before the next phase makes its own.
                 del state
-                last = phase is phases[-1]
-                _export(task, params, workdir / "model" if last else workdir / "models" / phase.name, say)
         say(f"done: {progress.step} steps, {progress.tokens:,} tokens, {progress.images:,} images")
     return params
-
-
-def _export(task: Task, params: Params, target: Path, say: Say) -> None:
-    # A run that is started again finds the models of finished phases written.
-    if task.export is not None and not target.exists():
-        task.export(params, target)
-        say(f"wrote {target}")
 
 
 @contextlib.contextmanager

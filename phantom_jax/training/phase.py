@@ -7,15 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from phantom_jax.errors import Diverged, Preempted
 from phantom_jax.objectives import OBJECTIVES
 from phantom_jax.training import metrics as metrics_lib
+from phantom_jax.training.division import divide, quantized_shapes
 from phantom_jax.training.optimizer import make_optimizer
 from phantom_jax.training.places import Places
-from phantom_jax.training.state import Params, TrainState, split, start_phase
+from phantom_jax.training.state import Params, TrainState, merge, split, start_phase
 from phantom_jax.training.step import make_train_step, make_validation_step
 from phantom_jax.training.task import DataIterator, Task
+from phantom_jax.trees import flatten
+
+# Keeps the random numbers of adapters apart from those of the data.
+_LORA_STREAM = 1
 
 Say = Callable[[str], None]
 
@@ -46,12 +52,15 @@ class Phase:
         phase = config["phases"][index]
         self.name, self.steps = phase["name"], phase["steps"]
         self._config, self._task, self._say = config, task, say
-        optimizer = make_optimizer(
-            phase["optimizer"],
-            split(shapes, phase["trainable"])[0],
-            groups=phase["groups"],
-            steps=phase["steps"],
-        )
+        self.division = divide(config["phases"], list(flatten(shapes)))[index]
+        lora, seeds = self.division.lora, np.random.SeedSequence([config["seed"], index, _LORA_STREAM])
+        init_seed, dropout_seed = (int(seed) for seed in seeds.generate_state(2))
+
+        def trainable_shapes():
+            factors = jax.eval_shape(lambda: lora.init(shapes, jax.random.key(0)))
+            return merge(split(shapes, phase["trainable"])[0], factors)
+
+        optimizer = make_optimizer(phase["optimizer"], trainable_shapes(), groups=phase["groups"], steps=phase["steps"])
 
         def start(params):
             return start_phase(
@@ -59,10 +68,13 @@ class Phase:
                 patterns=phase["trainable"],
                 init_optimizer=optimizer.init,
                 compute_dtype=config["model"]["dtype"],
+                lora=lora,
+                key=jax.random.key(init_seed),
             )
 
         self._places, self._start = places, start
-        self._abstract = jax.eval_shape(start, shapes)
+        abstract = jax.eval_shape(start, shapes)
+        self._abstract = abstract.replace(frozen=quantized_shapes(self.division, abstract.frozen))
         self._shardings = places.state(self._abstract)
         objective = dict(phase["objective"])
         step = make_train_step(
@@ -71,23 +83,46 @@ class Phase:
             optimizer,
             accumulation=phase["accumulation"],
             constrain_gradients=places.constrain_gradients,
+            lora=lora,
+            seed=dropout_seed,
         )
         self._meter = metrics_lib.Meter()
         step = jax.jit(places.traced(step), donate_argnums=0, out_shardings=(self._shardings, places.whole))
         self._step = _Compiled(step, f"{self.name} step", self._announce)
-        validate = jax.jit(places.traced(make_validation_step(task.score)), out_shardings=places.whole)
+        validate = jax.jit(places.traced(make_validation_step(task.score, lora)), out_shardings=places.whole)
         self._validate = _Compiled(validate, f"{self.name} validation", self._announce)
 
     def _announce(self, line: str) -> None:
         self._meter.pause()
         self._say(line)
 
-    def start(self, params: Params | None) -> TrainState:
-        """The state before the first step, from the phase before or from a fresh initialisation."""
+    def start(self, params: Params | None, keep_base: Callable[[Params], None] | None = None) -> TrainState:
+        """The state before the first step, from the phase before, from a model's folder or from random parameters.
+
+        Args:
+          params: from the phase before, emptied here: what they held is not held twice. None for the first phase.
+          keep_base: is given all parameters as they are before any of them is quantised or adapted.
+        """
+        if params is None and self._task.load_params is not None:
+            compute_dtype = self._config["model"]["dtype"]
+            params = self._task.load_params(
+                lambda path: self.division.dtype(path, compute_dtype), self.division.quantize, self._places.parameter
+            )
         if params is not None:
-            return jax.jit(self._start, out_shardings=self._shardings)(params)
-        key = jax.random.key(self._config["seed"])
-        return jax.jit(lambda key: self._start(self._task.init_params(key)), out_shardings=self._shardings)(key)
+            state = self._starting(self._start, params)
+            params.clear()
+        else:
+            key = jax.random.key(self._config["seed"])
+            state = self._starting(lambda key: self._start(self._task.init_params(key)), key)
+        if keep_base is not None:
+            keep_base(self.division.lora.detach(merge(state.trainable, state.frozen)))
+        frozen = self.division.quantize_frozen(state.frozen)
+        return state.replace(frozen=jax.device_put(frozen, self._shardings.frozen))
+
+    def _starting(self, start: Callable[[Any], TrainState], given: Any) -> TrainState:
+        # What is given may hold kernels that are quantised already.
+        shardings = self._places.state(jax.eval_shape(start, given))
+        return jax.jit(start, out_shardings=shardings)(given)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and places of the state, to restore into."""
@@ -96,6 +131,14 @@ class Phase:
             self._abstract,
             self._shardings,
         )
+
+    def result(self, state: TrainState) -> Params:
+        """All parameters after the last step, the changes of an adapter merged.
+
+        Those on a quantised base cannot be: the factors stay beside their kernels.
+        """
+        params = merge(state.trainable, state.frozen)
+        return params if self.division.adapts_quantized else self.division.lora.merge(params)
 
     def run(
         self,

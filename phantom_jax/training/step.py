@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from phantom_jax.batch import Batch
+from phantom_jax.lora import NO_LORA, Lora
 from phantom_jax.objectives import Objective, reciprocal, sum_answers, supervised_mask
 from phantom_jax.training.optimizer import Optimizer
 from phantom_jax.training.state import Params, TrainState, merge
@@ -24,6 +25,8 @@ def make_train_step(
     *,
     accumulation: int = 1,
     constrain_gradients: Callable[[Params], Params] = lambda gradients: gradients,
+    lora: Lora = NO_LORA,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
@@ -39,6 +42,8 @@ def make_train_step(
       optimizer: of the trainable tree.
       accumulation: number of micro-batches; the number of rows must be a multiple.
       constrain_gradients: says where the gradients of a micro-batch lie on the mesh.
+      lora: the adapter whose factors are among the trainable parameters.
+      seed: of its dropout, with the step and the number of the micro-batch.
 
     Returns:
       A function to compile with its first argument donated. Metrics are float32 scalars: `loss`, the objective's terms,
@@ -46,8 +51,8 @@ def make_train_step(
       `skipped_in_a_row` (both counted up to this step).
     """
 
-    def micro_loss(trainable, frozen, micro, weights):
-        scores = score(merge(trainable, frozen), micro)
+    def micro_loss(trainable, frozen, micro, weights, key):
+        scores = score(lora.attach(merge(trainable, frozen), key), micro)
         totals = {name: term.total for name, term in objective.terms(scores.log_probs, micro).items()}
         correct = jnp.sum(scores.correct & supervised_mask(micro), dtype=jnp.float32)
         return objective.loss(totals, weights), {**totals, "mean_token_accuracy": correct}
@@ -55,20 +60,24 @@ def make_train_step(
     def totals_and_gradients(state, batch, weights):
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
-        def run(micro):
-            (loss, totals), gradients = gradient(state.trainable, state.frozen, micro, weights)
+        def run(micro, number):
+            key = None
+            if lora.dropout:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), number)
+            (loss, totals), gradients = gradient(state.trainable, state.frozen, micro, weights, key)
             return (loss, totals), constrain_gradients(gradients)
 
         if accumulation == 1:
-            return run(batch)
+            return run(batch, 0)
 
-        def add(sums, micro):
-            return jax.tree.map(jnp.add, sums, run(micro)), None
+        def add(sums, numbered):
+            return jax.tree.map(jnp.add, sums, run(*numbered)), None
 
         micro_batches = split_rows(batch, accumulation)
-        first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, first))
-        return jax.lax.scan(add, zeros, micro_batches)[0]
+        numbered = micro_batches, jnp.arange(accumulation)
+        first = jax.tree.map(lambda leaf: leaf[0], numbered)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run, *first))
+        return jax.lax.scan(add, zeros, numbered)[0]
 
     def step(state, batch):
         weights = objective.weights(batch)
@@ -108,7 +117,9 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(leaf, batch)
 
 
-def make_validation_step(score: Score) -> Callable[[Params, Params, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+def make_validation_step(
+    score: Score, lora: Lora = NO_LORA
+) -> Callable[[Params, Params, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
     """Builds `step(trainable, frozen, batch) -> {name: (sum, weight)}`.
 
     `loss` is the negative log-likelihood over supervised tokens. `exact_match` counts the questions of which every
@@ -117,7 +128,7 @@ def make_validation_step(score: Score) -> Callable[[Params, Params, Batch], dict
     """
 
     def step(trainable, frozen, batch):
-        scores = score(merge(trainable, frozen), batch)
+        scores = score(lora.attach(merge(trainable, frozen)), batch)
         mask_BL = supervised_mask(batch)
         wrong = sum_answers(~scores.correct, batch)
         answered = wrong.chosen_tokens > 0

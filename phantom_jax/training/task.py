@@ -16,8 +16,10 @@ import numpy as np
 from phantom_jax.batch import Batch
 from phantom_jax.config import DEFAULTS
 from phantom_jax.errors import InputError
-from phantom_jax.training.state import Params, cast
+from phantom_jax.lora import Lora
+from phantom_jax.training.state import Params
 from phantom_jax.training.step import Score
+from phantom_jax.trees import flatten, unflatten
 
 
 class DataIterator(Iterator[Batch], Protocol):
@@ -40,6 +42,12 @@ class Task:
       train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning.
       validation_batches: all batches of a validation, of one shape; called for each validation.
       export: writes parameters as a model into a new folder that appears complete or not at all; None for no export.
+        Parameters are jax's arrays, or read when they are asked for (`StoredArray`).
+      export_adapter: does so with an adapter: the trainable tree, factors and parameters trained in full, the adapter,
+        the folder of the model that it is for, and the new folder.
+      load_params: gives the parameters that the run begins with instead of those of `init_params`. Its arguments are
+        the dtype of a float array by path, what gives the array at a path in its final form, quantised or as it is, and
+        the sharding of the array at a path; see `sharding.parameters.place_parameters`.
       parameter_names: logical axis names of the parameters by path, see `models.partitioning`; those that are not there
         are not split over devices.
     """
@@ -49,6 +57,8 @@ class Task:
     train_iterator: Callable[[int], DataIterator]
     validation_batches: Callable[[], Iterable[Batch]]
     export: Callable[[Params, Path], None] | None = None
+    export_adapter: Callable[[Params, Lora, str, Path], None] | None = None
+    load_params: Callable[..., Params] | None = None
     parameter_names: Mapping[str, Sequence[str | None]] = dataclasses.field(default_factory=dict)
 
 
@@ -60,7 +70,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     """
     from flax.linen import meta
 
-    from phantom_jax.checkpoints import model_folder
+    from phantom_jax.checkpoints import adapter_folder, model_folder
     from phantom_jax.checkpoints.hf import Checkpoint, Origin
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
     from phantom_jax.data import pipeline, sources
@@ -68,12 +78,24 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from phantom_jax.ops.backends import check_backend
     from phantom_jax.ops.image import normalize_pixels
     from phantom_jax.sharding.rules import parameter_names
+    from phantom_jax.training.adapters import adapter_of
+    from phantom_jax.training.beginning import open_weights
 
     _refuse_without_reference(config["phases"])
     name, data_dir = config["data"]["name"], config["data"]["data_dir"]
-    tokenizer = sources.open_tokenizer(name, data_dir)
-    model_config = _model_config(config["model"], tokenizer.get_vocab_size(with_added_tokens=True))
-    processor = _processor(config["processor"], tokenizer, model_config)
+    begins = open_weights(config["model"], config["processor"]["template"]) if config["model"]["weights"] else None
+    if begins is not None and begins.processor is not None:
+        tokenizer = begins.processor.tokenizer
+    else:
+        tokenizer = sources.open_tokenizer(name, data_dir)
+    tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    model_config = _model_config(config["model"], tokens) if begins is None else begins.checkpoint.config
+    if begins is not None and begins.processor is None and model_config.language_model.vocab_size < tokens:
+        raise InputError(
+            f"model.weights is {begins.folder!r}, which has no tokenizer and {model_config.language_model.vocab_size}"
+            f" tokens, and the tokenizer of data.name has {tokens}. Put the model's own tokenizer into the folder."
+        )
+    processor = _processor(config["processor"], tokenizer, model_config, None if begins is None else begins.processor)
     settings = config["model"]
     backend, dtype = settings["attention_backend"], jnp.dtype(settings["dtype"])
     check_backend(backend, dtype)
@@ -119,14 +141,48 @@ def assemble(config: Mapping[str, Any]) -> Task:
         # A split that does not exist shall come up now.
         open_split(config["validation"]["split"])
 
-    def export(params, folder):
-        tokens = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
-        # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
-        params = cast(params, config["model"]["dtype"])
-        checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens, Origin(data=(name,)))
-        model_folder.write(checkpoint, processor, folder)
+    special = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
+    published, unused, origin = publish(model_config), {}, Origin(data=(name,))
+    if begins is not None:
+        _, published, special = begins.checkpoint.description
+        unused = begins.checkpoint.unused
+        origin = dataclasses.replace(begins.checkpoint.origin, data=(*begins.checkpoint.origin.data, name))
 
-    return Task(init_params, score, train_iterator, validation_batches, export, parameter_names(model))
+    def export(params, folder):
+        # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
+        params, kept = (_stored(tree, config["model"]["dtype"]) for tree in (params, unused))
+        model_folder.write(Checkpoint(model_config, params, kept, published, special, origin), processor, folder)
+
+    def export_adapter(trainable, lora, base, folder):
+        template = config["processor"]["template"]
+        model = model_config, published, special
+        adapter = adapter_of(trainable, lora, model=model, base=base, template=template)
+        with model_folder.appearing(folder) as scratch:
+            adapter_folder.write(adapter, scratch, format="ours")
+
+    return Task(
+        init_params,
+        score,
+        train_iterator,
+        validation_batches,
+        export,
+        export_adapter,
+        None if begins is None else begins.load_params,
+        parameter_names(model),
+    )
+
+
+def _stored(tree: Params, dtype: Any) -> dict[str, Any]:
+    """Arrays in one dtype, each read from where it is when it is asked for."""
+    from phantom_jax.checkpoints.arrays import cast
+    from phantom_jax.sharding.placement import on_host
+
+    return unflatten(
+        {
+            path: cast(on_host(leaf) if isinstance(leaf, jax.Array) else leaf, np.dtype(dtype))
+            for path, leaf in flatten(tree).items()
+        }
+    )
 
 
 def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
@@ -151,7 +207,8 @@ def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
     return config
 
 
-def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any) -> Any:
+def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any, given: Any = None) -> Any:
+    """The run's processor: that of the model's folder, where there is one, with the sizes of the config."""
     from phantom_jax.data.conversation import TEMPLATES
     from phantom_jax.processor import Processor
 
@@ -162,6 +219,8 @@ def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any) -> Any:
             f"processor.tile_size is {settings['tile_size']}, but the vision tower takes"
             f" {model.vision_tower.image_size} pixels; set processor.tile_size or model.image_size to the other."
         )
+    if given is not None:
+        return dataclasses.replace(given, max_tiles=settings["max_tiles"], max_length=settings["max_length"])
     return Processor(
         tokenizer,
         TEMPLATES[settings["template"]],
