@@ -293,9 +293,8 @@ class Decoder(nn.Module):
         if self.config.tie_embeddings:
             weights, logits = gather(self.embedding.astype(self.dtype), (axes.VOCAB, axes.EMBED)), self._tied_logits
         else:
-            weights = gather_kernel(
-                self.head.get_variable("params", "kernel"), (axes.EMBED,), (axes.VOCAB,), self.dtype
-            )
+            kernel = nn.meta.unbox(self.head.get_variable("params", "kernel"))
+            weights = gather_kernel(kernel, (axes.EMBED,), (axes.VOCAB,), self.dtype)
 
             def logits(kernel, hidden_BLD):
                 return linear(hidden_BLD, kernel, 1, self.dtype, jnp.float32)
