@@ -164,7 +164,10 @@ def test_losses_and_gradients_are_those_of_one_device(name, runs, one_device):
 
 
 def stacked_shapes():
-    return {leaf.shape for path, leaf in flatten(parameters()[0]).items() if "/layers/" in path and leaf.ndim > 2}
+    flat = flatten(parameters()[0])
+    return {
+        leaf.shape for path, leaf in flat.items() if "/layers/" in path and path.endswith("/kernel") and leaf.ndim > 2
+    }
 
 
 def layer_kernels(model):
