@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh, said in traced code by logical axis names.
 
 Whoever traces sets a mesh (`jax.set_mesh`) and the rules that map names to its axes (`flax.linen.logical_axis_rules`,
-the `computation` of a strategy in `sharding/rules.py`). Without a mesh or without rules nothing here does anything.
+see `sharding/rules.py`). Without rules, or with one device, nothing here does anything.
 """
 
 import dataclasses
@@ -215,4 +215,5 @@ def _rules() -> Rules:
 
 
 def _partitioned() -> bool:
-    return not jax.sharding.get_abstract_mesh().empty and bool(_rules())
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and bool(_rules())

@@ -28,6 +28,8 @@ def small_run(data_dir, **mesh):
     settings = config_for(data_dir)
     settings.phases = settings.phases[:1]
     settings.phases[0].update(trainable=("**",), batch_size=8, steps=2)
+    # Large: where a gradient is small, a step of Adam's is the sign of its rounding.
+    settings.phases[0].optimizer.eps = 1e-2
     settings.validation.every = 2
     settings.mesh.update(mesh)
     return settings
@@ -42,7 +44,7 @@ def test_a_run_on_a_mesh_is_that_of_one_device(data_dir, tmp_path):
     kernel = actual["language_model"]["layers"]["gate"]["kernel"]
     assert kernel.sharding.mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2, "seq": 1}
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), actual, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
     for mine, theirs in zip(records(tmp_path / "eight"), records(tmp_path / "one"), strict=True):
         assert mine.keys() == theirs.keys()
         for name in mine:

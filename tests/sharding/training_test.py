@@ -164,7 +164,10 @@ def test_losses_and_gradients_are_those_of_one_device(name, runs, one_device):
 
 
 def stacked_shapes():
-    return {leaf.shape for path, leaf in flatten(parameters()[0]).items() if "/layers/" in path and leaf.ndim > 2}
+    flat = flatten(parameters()[0])
+    return {
+        leaf.shape for path, leaf in flat.items() if "/layers/" in path and path.endswith("/kernel") and leaf.ndim > 2
+    }
 
 
 def layer_kernels(model):
@@ -203,13 +206,13 @@ def test_zero2_gathers_no_parameter_but_the_new_ones(runs):
 def test_tensor_parallelism_moves_activations_and_no_kernel(runs):
     found = collectives(runs("tensor").program)
     assert not [one for one in found if one.kind == "all-to-all"]
-    kernels = {leaf.shape[1:] for path, leaf in flatten(parameters()[0]).items() if path.endswith("/kernel")}
+    kernels = {shape[1:] for shape in stacked_shapes() if 2 not in shape[1:]}
+    assert len(kernels) > 4, "those whose heads divide"
     gathered = {shape for one in found if one.kind == "all-gather" for _, shape in one.arrays}
     forward = [one for one in found if one.layers == "language_model" and "transpose" not in one.where]
     sums = [one for one in forward if one.kind == "all-reduce" and one.where.endswith("dot_general")]
     assert len(sums) == 2, "after attention and after the MLP"
-    divisible = {shape for shape in kernels if 2 not in shape}
-    assert not {shape[-len(kernel) :] for shape in gathered for kernel in divisible} & divisible
+    assert not gathered & {(*layers, *kernel) for kernel in kernels for layers in ((), (1,))}
 
 
 def test_where_tokens_are_split_keys_and_values_are_gathered_and_queries_are_not(runs):
