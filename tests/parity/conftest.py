@@ -1,5 +1,5 @@
-"""These tests compare with PyTorch, bitsandbytes and PEFT, and compile for TPUs. `launch/test.sh --parity` installs what
-they need; without PyTorch none is collected, and without one of the others those that need it are not."""
+"""These tests compare with PyTorch, bitsandbytes and PEFT, and compile for TPUs. `launch/test.sh --parity` installs
+what they need; without PyTorch none is collected, and without one of the others those that need it are not."""
 
 import importlib.util
 import os
