@@ -142,8 +142,8 @@ def _refuse_packing(phases: Sequence[Mapping[str, Any]], backend: str) -> None:
         images = phase["data"]["images_per_row"]
         if images > 1 and not SUPPORTS[backend].segments:
             raise InputError(
-                f"phases[{index}].data.images_per_row is {images}, and attention backend {backend!r} cannot keep"
-                " several conversations of a row apart; set images_per_row to 1, or model.attention_backend to 'chunked'."
+                f"phases[{index}].data.images_per_row is {images}, and attention backend {backend!r} cannot"
+                " keep several conversations of a row apart; set it to 1, or model.attention_backend to 'chunked'."
             )
 
 
