@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Lints and tests. `launch/test.sh` needs nothing but Python; `--parity` also installs PyTorch (CPU), bitsandbytes
-# and PEFT and compares with them. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
+# and PEFT and compares with them, and compiles for TPUs with their compiler. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 torch_version=2.13.0
+libtpu_version=0.0.42
 # PEFT imports the last two.
 peers=(bitsandbytes==0.50.2 peft==0.21.2 accelerate==1.15.0 psutil==7.2.2)
 
@@ -38,6 +39,17 @@ install_peers() {
     fail "${missing[*]} could not be installed; run without --parity, or install them yourself."
 }
 
+# Beside the packages and not among them: where Python finds libtpu, JAX looks for a TPU whenever it starts.
+install_libtpu() {
+  local folder="$VIRTUAL_ENV/libtpu-$libtpu_version"
+  if [[ ! -f "$folder/libtpu/libtpu.so" ]]; then
+    printf 'installing libtpu %s (210 MB) for the parity tests\n' "$libtpu_version"
+    python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$folder" \
+      "libtpu==$libtpu_version" || fail "libtpu $libtpu_version could not be installed; run without --parity."
+  fi
+  export TPU_LIBRARY_PATH="$folder/libtpu/libtpu.so"
+}
+
 parity=false
 arguments=()
 for argument in "$@"; do
@@ -61,6 +73,7 @@ pytest=(python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadscope)
 if [[ "$parity" == true ]]; then
   install_torch
   install_peers
+  install_libtpu
 else
   pytest+=(--ignore=tests/parity)
 fi

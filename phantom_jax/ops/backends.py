@@ -38,7 +38,6 @@ SUPPORTS = {
     "cudnn": Supports("gpu", False, False, False, False, ("bfloat16", "float16")),
 }
 BACKENDS = tuple(SUPPORTS)
-_ELSEWHERE = "'chunked' honours everything everywhere"
 
 
 def platform() -> str:
@@ -82,7 +81,8 @@ def check_cudnn_width(head_dim: int, capability: str) -> None:
     if head_dim > most or head_dim % 8:
         raise InputError(
             f"attention backend 'cudnn' takes heads of at most {most} channels, a multiple of 8, on a GPU of compute "
-            f"capability {capability}, and queries and keys have {head_dim}, the phantom half included: {_ELSEWHERE}"
+            f"capability {capability}, and queries and keys have {head_dim}, the phantom half included: set "
+            "attention_backend to 'chunked', or model.phantom to {'query_key': False}, which halves them"
         )
 
 
@@ -96,7 +96,7 @@ def check_tokens(name: str, length: int, keys: int, split: int = 1) -> None:
     if not SUPPORTS[name].split_rows and split > 1:
         raise InputError(
             f"attention backend {name!r} takes whole rows, and the mesh splits them over seq:{split}: set the mesh's "
-            f"seq to 1, or attention_backend to 'xla' or 'chunked'"
+            "seq to 1, or attention_backend to 'xla' or 'chunked'"
         )
 
 
@@ -123,6 +123,6 @@ def check_rows(name: str, segment_ids_BL: Any, branch_ids_BL: Any) -> None:
         kinds = [kind for kind in ("segments", "branches") if not getattr(SUPPORTS[name], kind)]
         raise InputError(
             f"attention backend {name!r} cannot keep {' or '.join(kinds)} of a row apart, and row {wrong[0]} has some"
-            f" (padding belongs behind the tokens, too): put every conversation into a row of its own, or set"
-            f" attention_backend to {'chunked'!r}, which honours everything"
+            " (padding belongs behind the tokens, too): put every conversation into a row of its own, or set"
+            " attention_backend to 'chunked', which honours everything"
         )

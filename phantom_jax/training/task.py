@@ -99,6 +99,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     settings = config["model"]
     backend, dtype = settings["attention_backend"], jnp.dtype(settings["dtype"])
     check_backend(backend, dtype)
+    _refuse_packing(config["phases"], backend)
     model = VisionLanguageModel(model_config, dtype, backend, remat=settings["remat"])
     rope_length = processor.max_length
 
@@ -191,6 +192,18 @@ def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
             raise InputError(
                 f"phases[{index}].objective.name is 'dpo', which needs log-probabilities under a reference model beside"
                 " the rows, and no data set brings them; take phantom_optimization, simpo or orpo, which need none."
+            )
+
+
+def _refuse_packing(phases: Sequence[Mapping[str, Any]], backend: str) -> None:
+    from phantom_jax.ops.backends import SUPPORTS
+
+    for index, phase in enumerate(phases):
+        images = phase["data"]["images_per_row"]
+        if images > 1 and not SUPPORTS[backend].segments:
+            raise InputError(
+                f"phases[{index}].data.images_per_row is {images}, and attention backend {backend!r} cannot"
+                " keep several conversations of a row apart; set it to 1, or model.attention_backend to 'chunked'."
             )
 
 

@@ -1,7 +1,9 @@
-"""These tests compare with PyTorch, bitsandbytes and PEFT. `launch/test.sh --parity` installs them; without PyTorch
-none is collected, and without one of the others those that need it are not."""
+"""These tests compare with PyTorch, bitsandbytes and PEFT, and compile for TPUs. `launch/test.sh --parity` installs
+what they need; without PyTorch none is collected, and without one of the others those that need it are not."""
 
 import importlib.util
+import os
+from pathlib import Path
 
 NEEDED = {
     "*_test.py": "torch",
@@ -11,3 +13,5 @@ NEEDED = {
 }
 
 collect_ignore_glob = [tests for tests, package in NEEDED.items() if importlib.util.find_spec(package) is None]
+if not Path(os.environ.get("TPU_LIBRARY_PATH", "")).is_file():
+    collect_ignore_glob.append("splash_test.py")

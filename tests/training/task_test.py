@@ -100,6 +100,7 @@ def test_a_phantom_trains_in_two_steps_and_resumes_to_the_bit(data_dir, tmp_path
         ({"model.vocab_size": 100}, "model.vocab_size is 100, but the tokenizer has"),
         ({"model.name": "phantom-quickstar"}, "did you mean 'phantom-quickstart'"),
         ({"model.attention_backend": "flash"}, "model.attention_backend is 'flash'; it must be one of xla, chunked"),
+        ({"model.attention_backend": "cudnn"}, "'cudnn' runs on a GPU, and this is compiled for a CPU"),
         ({"data.name": "mnist"}, "no data set 'mnist'"),
         ({"phases[0].objective": {"name": "dpo", "beta": 0.1}}, "needs log-probabilities under a reference"),
         ({"phases[0].trainable": ("projectr/**",)}, "'projectr/\\*\\*' .* matches no parameter"),
@@ -117,3 +118,11 @@ def test_what_does_not_fit_is_refused_before_the_workdir_is_claimed(data_dir, tm
     with pytest.raises(InputError, match=message):
         train(config, tmp_path / "run", say=lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_several_conversations_need_a_backend_that_keeps_them_apart():
+    phases = [{"data": {"images_per_row": 1}}, {"data": {"images_per_row": 3}}]
+    for backend in ("xla", "chunked", "splash"):
+        task._refuse_packing(phases, backend)
+    with pytest.raises(InputError, match=r"phases\[1\].data.images_per_row is 3, and attention backend 'cudnn' cannot"):
+        task._refuse_packing(phases, "cudnn")

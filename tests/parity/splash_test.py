@@ -1,0 +1,18 @@
+"""A decoder layer with splash attention, forward and backward, through the compiler of TPUs."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("model, widths", [("phantom-0.5b", "128, 128"), ("phantom-7b", "256, 256")])
+def test_a_tpu_takes_a_layer_of_phantom(model, widths, repository):
+    script = repository / "benchmarks" / "ahead_of_time.py"
+    arguments = ["--topology=v5e:2x2", f"--models={model}", "--layers=1", "--length=1000"]
+    command = [sys.executable, str(script), *arguments]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repository, timeout=1200).stdout
+    [(found, kernels)] = re.findall(r"^\| v5e:2x2 \| \S+ \| (\d+, \d+) \| \d+ \| (\d+) \|", output, flags=re.MULTILINE)
+    # Forward, gradient of the queries, gradient of keys and values: the output is kept and not computed again.
+    assert (found, kernels) == (widths, "3")
