@@ -115,7 +115,7 @@ def test_stacked_kernels_are_those_of_their_layers(path, shape):
         np.testing.assert_array_equal(codes, packed.numpy().ravel())
         np.testing.assert_allclose(one.scales, state.state2.absmax.numpy(), rtol=1e-6)
         same = block_codes == state.absmax.numpy().ravel()
-        assert same.mean() > 0.99
+        assert same.mean() > 0.97
         state.dtype = torch.float32
         expected = functional.dequantize_4bit(packed, state).numpy()
         error = np.abs(np.asarray(values[layer]).reshape(inputs, -1).T - expected)

@@ -35,7 +35,7 @@ def test_a_published_model_in_the_form_of_a_phase(golden, folder, template):
     everywhere = ("language_model/layers/**", "vision_tower/layers/**")
     [division] = divide([phase(("projector/**",), ("int8", everywhere))], list(expected))
     devices = jax.sharding.Mesh(np.array(jax.devices()), ("fsdp",))
-    spread = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("fsdp"))
+    spread = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, "fsdp"))
     params = flatten(
         begins.load_params(
             lambda path: division.dtype(path, "bfloat16"), division.quantize, {"language_model/embedding": spread}
