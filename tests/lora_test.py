@@ -33,14 +33,13 @@ def factors():
     return unflatten({path: leaf + noise[path] for path, leaf in flat.items()})
 
 
-@functools.cache
 def batch():
     return small.text_batch(small.random_ids(2, 12), [12, 9])
 
 
 def test_factors_that_begin_change_nothing_and_others_do_as_merged_ones():
-    model, params, lora = model_and_params()
-    logits = jax.jit(lambda params: model.apply({"params": params}, batch(), rope_length=12))
+    (model, params, lora), rows = model_and_params(), batch()
+    logits = jax.jit(lambda params: model.apply({"params": params}, rows, rope_length=12))
     plain = logits(params)
     begun = merge(params, lora.init(params, jax.random.key(0)))
     np.testing.assert_array_equal(logits(lora.attach(begun)), plain)
@@ -63,12 +62,12 @@ def test_each_layer_and_kernel_drops_inputs_of_its_own():
 
 
 def test_dropout_is_decided_by_its_key():
-    model, params, lora = model_and_params()
+    (model, params, lora), rows = model_and_params(), batch()
     changed = merge(params, factors())
 
     @jax.jit
     def logits(key):
-        return model.apply({"params": lora.attach(changed, key)}, batch(), rope_length=12)
+        return model.apply({"params": lora.attach(changed, key)}, rows, rope_length=12)
 
     first, again, other = (np.asarray(logits(jax.random.key(seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

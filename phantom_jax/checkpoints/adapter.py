@@ -102,11 +102,14 @@ class Adapter:
           InputError: one does not fit.
         """
         shapes = hf.shapes(self.config)
+        meant = f": the adapter is for {self.base}" if self.base else ""
         if not self.low_rank and not self.others:
             raise InputError(f"{where} changes nothing: it holds neither low-rank factors nor whole parameters")
         for path, array in self.others.items():
             if tuple(array.shape) != shapes.get(path):
-                raise InputError(f"{where} holds {path} as {list(array.shape)}, the model has {shapes.get(path)}")
+                raise InputError(
+                    f"{where} holds {path} as {list(array.shape)}, the model has {shapes.get(path)}{meant}"
+                )
         for path, change in self.low_rank.items():
             stacked = in_layers(path)
             lead, a, b = shapes.get(path, ())[:stacked], tuple(change.a.shape), tuple(change.b.shape)
@@ -121,7 +124,7 @@ class Adapter:
             ):
                 raise InputError(
                     f"{where} holds factors {list(a)} and {list(b)} of ranks {change.ranks} for {path}, which is "
-                    f"{shapes.get(path)} in the model"
+                    f"{shapes.get(path)} in the model{meant}"
                 )
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from phantom_jax.checkpoints import adapter_folder, model_folder
 from phantom_jax.checkpoints.hf import Checkpoint
 from phantom_jax.config import DEFAULTS
+from phantom_jax.data.conversation import describe_template, template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.processor import CONFIG as PROCESSOR
 from phantom_jax.processor import Processor
 from phantom_jax.sharding.parameters import place_parameters
 from phantom_jax.trees import flatten
@@ -58,7 +60,13 @@ def open_weights(settings: Mapping[str, Any], template: str) -> Beginning:
             f"model.weights is {folder!r}, which holds an adapter: merge it with its model (phantom-jax merge), and set"
             " model.weights to what that writes"
         )
-    checkpoint, processor = model_folder.read(folder, template=template)
+    remembers = (Path(folder) / PROCESSOR).is_file()
+    checkpoint, processor = model_folder.read(folder, template=None if remembers else template)
+    if remembers and template not in template_names(processor.template):
+        raise InputError(
+            f"processor.template is {template!r}, and the model in model.weights, {folder!r}, was trained with"
+            f" {describe_template(processor.template)}: set processor.template to that"
+        )
     try:
         checkpoint.check_float("training")
     except InputError as error:

@@ -1,11 +1,15 @@
 """The same NF4 as bitsandbytes: codes and numbers."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional
 
+from phantom_jax.models.quantization import quantize_linear
 from phantom_jax.ops import quantize
 
 SHAPES = pytest.mark.parametrize("outputs, inputs", [(96, 128), (300, 896), (7, 64)])
@@ -84,6 +88,38 @@ def test_bitsandbytes_reads_our_tensor_as_we_do(outputs, inputs, dtype):
         ),
     )
     np.testing.assert_allclose(quantize.dequantize(ours, jnp.float32).T, read.numpy(), rtol=2e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "path, shape",
+    [
+        ("language_model/layers/attention/query/kernel", (3, 128, 4, 24)),
+        ("vision_tower/layers/out/kernel", (3, 4, 32, 96)),
+        ("language_model/layers/down/kernel", (3, 896, 300)),
+    ],
+)
+def test_stacked_kernels_are_those_of_their_layers(path, shape):
+    """As training makes them: each layer's codes, block magnitudes and numbers are bitsandbytes' of its matrix."""
+    kernel = 0.02 * np.random.default_rng(1).standard_t(4, shape).astype(np.float32)
+    ours = quantize_linear(path, jnp.asarray(kernel), "nf4")
+    values = quantize.dequantize(ours, jnp.float32)
+    assert ours.shape == shape
+    inputs = int(np.prod(ours.input_shape))
+    for layer in range(shape[0]):
+        one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], ours)
+        theirs = torch.as_tensor(np.ascontiguousarray(kernel[layer].reshape(inputs, -1).T))
+        packed, state = functional.quantize_4bit(theirs, blocksize=64, quant_type="nf4", compress_statistics=True)
+        whole = one.codes.reshape(*one.codes.shape[:2], -1), one.block_codes.reshape(one.block_codes.shape[0], -1)
+        flat = dataclasses.replace(one, codes=whole[0], block_codes=whole[1], output_shape=whole[1].shape[1:])
+        codes, block_codes = in_their_order(flat)
+        np.testing.assert_array_equal(codes, packed.numpy().ravel())
+        np.testing.assert_allclose(one.scales, state.state2.absmax.numpy(), rtol=1e-6)
+        same = block_codes == state.absmax.numpy().ravel()
+        assert same.mean() > 0.97
+        state.dtype = torch.float32
+        expected = functional.dequantize_4bit(packed, state).numpy()
+        error = np.abs(np.asarray(values[layer]).reshape(inputs, -1).T - expected)
+        assert (error.reshape(-1, 64)[same] <= 1e-6 * np.abs(expected).max()).all()
 
 
 @SHAPES

@@ -15,6 +15,7 @@ from phantom_jax.errors import InputError
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.training.loop import train
 from phantom_jax.trees import flatten
+from tests.generation import tiny
 from tests.training.task_test import NAME, records_of
 
 EVERY = ("language_model/layers/**", "vision_tower/layers/**")
@@ -176,7 +177,7 @@ def refused(config, tmp_path, message):
         ),
         (
             [phase("a", lora=LORA, quantize=NF4), phase("b", quantize=NF4)],
-            r"phases\[0\] trains an adapter on kernels that are quantised to nf4.* phantom-jax merge",
+            r"phases\[0\] trains an adapter on kernels that are quantised to nf4.*phantom-jax merge",
         ),
     ],
 )
@@ -193,7 +194,10 @@ def test_folders_that_a_run_cannot_begin_with(adapted, data_dir, tmp_path):
     refused(config_for(data_dir, phase("a"), weights=base, num_layers=1), tmp_path, "model.num_layers is set, but not")
     config = config_for(data_dir, phase("a"), weights=base)
     config.processor.template = "phi3"
-    refused(config, tmp_path, "was saved with the template qwen2, and phi3 is asked for")
+    refused(config, tmp_path, "processor.template is 'phi3', and .* was trained with qwen2 or internlm2")
+    pretrained.save(tiny.handle(), tmp_path / "other")
+    with pytest.raises(InputError, match=f"the model has .*: the adapter is for {base}"):
+        pretrained.load(tmp_path / "other", adapter=f"{source}/model")
     handle = pretrained.load(base, quantize="int8")
     pretrained.save(handle, tmp_path / "int8")
     refused(
