@@ -88,6 +88,10 @@ class Phase:
             jax.eval_shape(self._start, self._shapes),
         )
 
+    def trace_step(self, batch: Mapping[str, Any]) -> jax.stages.Traced:
+        """The step, traced for a batch of such shapes."""
+        return self._step.trace(self.abstract_state(), batch)
+
     def run(
         self,
         state: TrainState,
@@ -198,6 +202,9 @@ class _Compiled:
     def __init__(self, jitted: Any, what: str, announce: Say):
         self._jitted, self._what, self._announce = jitted, what, announce
         self._programs = {}
+
+    def trace(self, *args):
+        return self._jitted.trace(*args)
 
     def __call__(self, *args):
         leaves, structure = jax.tree.flatten(args[-1])

@@ -16,8 +16,12 @@ import numpy as np
 from phantom_jax.batch import Batch
 from phantom_jax.config import DEFAULTS
 from phantom_jax.errors import InputError
+from phantom_jax.processor import IMAGENET_MEAN, IMAGENET_STD
 from phantom_jax.training.state import Params, cast
 from phantom_jax.training.step import Score
+
+_NOT_OF_ROWS = ("sources", "split", "threads", "template", "image_mode")
+"""Keys of `phases[].data` that `pipeline.RowOptions` does not hold."""
 
 
 class DataIterator(Iterator[Batch], Protocol):
@@ -37,16 +41,52 @@ class Task:
     Attributes:
       init_params: gives all parameters from a random key, as nested dictionaries. Pure; it is traced.
       score: the log-probabilities and correctness of a batch's targets. Pure; it is traced.
-      train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning.
+      train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning. None, as is the next,
+        where phases are only traced.
       validation_batches: all batches of a validation, of one shape; called for each validation.
       export: writes parameters as a model into a new folder that appears complete or not at all; None for no export.
     """
 
     init_params: Callable[[jax.Array], Params]
     score: Score
-    train_iterator: Callable[[int], DataIterator]
-    validation_batches: Callable[[], Iterable[Batch]]
+    train_iterator: Callable[[int], DataIterator] | None = None
+    validation_batches: Callable[[], Iterable[Batch]] | None = None
     export: Callable[[Params, Path], None] | None = None
+
+
+def model_functions(
+    config: Mapping[str, Any],
+    model_config: Any,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> tuple[Callable[[jax.Array], Params], Score]:
+    """`Task.init_params` and `Task.score` of a model; they need no data.
+
+    Args:
+      config: a resolved config.
+      model_config: the model, see `make_model_config`.
+      mean, std: by which pixels (from 0 to 1) are normalised, for each channel.
+    """
+    from flax.linen import meta
+
+    from phantom_jax.models.vlm import VisionLanguageModel
+    from phantom_jax.ops.image import normalize_pixels
+
+    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]), config["model"]["attention_backend"])
+    rope_length = config["processor"]["max_length"]
+
+    def prepared(batch):
+        return {**batch, "pixels": normalize_pixels(batch["pixels"], mean, std)}
+
+    def score(params, batch):
+        return model.apply({"params": params}, prepared(batch), rope_length=rope_length, method="score")
+
+    def init_params(key):
+        batch = prepared(_smallest_batch(model_config.vision_tower.image_size))
+        return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
+
+    return init_params, score
 
 
 def assemble(config: Mapping[str, Any]) -> Task:
@@ -55,32 +95,26 @@ def assemble(config: Mapping[str, Any]) -> Task:
     Raises:
       InputError: if a name or a model override does not exist, or the data are not there.
     """
-    from flax.linen import meta
-
     from phantom_jax.checkpoints import model_folder
     from phantom_jax.checkpoints.hf import Checkpoint, Origin
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
+    from phantom_jax.checkpoints.special_tokens import with_tokens
     from phantom_jax.data import pipeline, sources
-    from phantom_jax.models.vlm import VisionLanguageModel
-    from phantom_jax.ops.image import normalize_pixels
 
     _refuse_without_reference(config["phases"])
-    name, data_dir = config["data"]["name"], config["data"]["data_dir"]
-    tokenizer = sources.open_tokenizer(name, data_dir)
-    model_config = _model_config(config["model"], tokenizer.get_vocab_size(with_added_tokens=True))
-    processor = _processor(config["processor"], tokenizer, model_config)
-    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]), config["model"]["attention_backend"])
-    rope_length = processor.max_length
-
-    def prepared(batch):
-        return {**batch, "pixels": normalize_pixels(batch["pixels"], processor.mean, processor.std)}
-
-    def score(params, batch):
-        return model.apply({"params": params}, prepared(batch), rope_length=rope_length, method="score")
-
-    def init_params(key):
-        batch = prepared(_smallest_batch(processor.tile_size))
-        return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
+    name, data_dir = _data_set(config), config["data"]["data_dir"]
+    templates = _templates(config)
+    # A data set's own tokenizer has the tokens of one template, and a new model room for those of any.
+    tokenizer = with_tokens(
+        sources.open_tokenizer(name, data_dir), [token for template in templates for token in template.tokens]
+    )
+    model_config = make_model_config(config["model"], tokenizer.get_vocab_size(with_added_tokens=True))
+    processors = [
+        _processor(config["processor"], tokenizer, model_config, template, phase["data"]["image_mode"])
+        for template, phase in zip(templates, config["phases"], strict=True)
+    ]
+    processor = processors[-1]
+    init_params, score = model_functions(config, model_config, mean=processor.mean, std=processor.std)
 
     @functools.cache
     def open_split(split):
@@ -88,10 +122,10 @@ def assemble(config: Mapping[str, Any]) -> Task:
 
     def train_iterator(index):
         phase = config["phases"][index]
-        options = {key: value for key, value in phase["data"].items() if key not in ("sources", "split", "threads")}
+        options = {key: value for key, value in phase["data"].items() if key not in _NOT_OF_ROWS}
         return pipeline.train_iterator(
             open_split(phase["data"]["split"]),
-            processor,
+            processors[index],
             # Only a preference reads wrong answers; leaving them out saves their tokens.
             {**options, "max_digits": options["max_digits"] or None, "rejected": phase["objective"]["name"] != "sft"},
             batch_size=phase["batch_size"],
@@ -130,10 +164,55 @@ def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
+def _data_set(config: Mapping[str, Any]) -> str:
+    """The one data set that all phases draw from."""
+    from phantom_jax.data.sources import SOURCES
+
+    chosen = config["data"]["name"]
+    for index, phase in enumerate(config["phases"]):
+        for name in phase["data"]["sources"]:
+            if name not in SOURCES:
+                raise InputError(
+                    f"phases[{index}].data.sources names {name!r}, which cannot be opened. The data sets that can be"
+                    f" are: {', '.join(SOURCES)}. Set data.name to one of them and the phases' data.sources to none."
+                )
+            if name != chosen:
+                raise InputError(
+                    f"phases[{index}].data.sources names {name!r} and data.name is {chosen!r}; a run reads one data"
+                    f" set. Set data.name to {name!r}, or the phases' data.sources to none."
+                )
+    return chosen
+
+
+def _templates(config: Mapping[str, Any]) -> list[Any]:
+    """The template of each phase."""
+    from phantom_jax.data.conversation import TEMPLATES
+
+    names = {"processor.template": config["processor"]["template"]}
+    for index, phase in enumerate(config["phases"]):
+        if phase["data"]["template"]:
+            names[f"phases[{index}].data.template"] = phase["data"]["template"]
+    for key, name in names.items():
+        if name not in TEMPLATES:
+            raise InputError(f"{key} is {name!r}; it must be one of {', '.join(TEMPLATES)}.")
+    return [TEMPLATES[phase["data"]["template"] or config["processor"]["template"]] for phase in config["phases"]]
+
+
+def make_model_config(settings: Mapping[str, Any], tokens: int | None = None) -> Any:
+    """The model that a config's section `model` describes.
+
+    Args:
+      settings: the section.
+      tokens: how many tokens the tokenizer has; None leaves the vocabulary as the model has it.
+
+    Raises:
+      InputError: a name or an override does not exist, or the vocabulary is too small.
+    """
     from phantom_jax.models import zoo
 
     overrides = {key: value for key, value in settings.items() if key not in DEFAULTS["model"]}
+    if tokens is None:
+        return zoo.get_config(settings["name"], **overrides)
     config = zoo.get_config(settings["name"], **{"vocab_size": tokens, **overrides})
     if config.language_model.vocab_size < tokens:
         raise InputError(
@@ -143,25 +222,38 @@ def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
     return config
 
 
-def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any) -> Any:
-    from phantom_jax.data.conversation import TEMPLATES
-    from phantom_jax.processor import Processor
-
-    if settings["template"] not in TEMPLATES:
-        raise InputError(f"processor.template is {settings['template']!r}; it must be one of {', '.join(TEMPLATES)}.")
+def check_tile_size(settings: Mapping[str, Any], model: Any) -> None:
+    """Raises an `InputError` where tiles of the section `processor` are of another size than the tower takes."""
     if settings["tile_size"] != model.vision_tower.image_size:
         raise InputError(
             f"processor.tile_size is {settings['tile_size']}, but the vision tower takes"
             f" {model.vision_tower.image_size} pixels; set processor.tile_size or model.image_size to the other."
         )
+
+
+def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any, template: Any, image_mode: str) -> Any:
+    from phantom_jax.processor import CLIP_MEAN, CLIP_STD, Processor
+
+    check_tile_size(settings, model)
+    phantom = model.projector.kind == "pixel_shuffle"
     return Processor(
         tokenizer,
-        TEMPLATES[settings["template"]],
+        template,
         settings["tile_size"],
         settings["max_tiles"],
         model.tokens_per_tile,
         settings["max_length"],
+        mean=IMAGENET_MEAN if phantom else CLIP_MEAN,
+        std=IMAGENET_STD if phantom else CLIP_STD,
+        image_mode=resolve_image_mode(image_mode, model),
     )
+
+
+def resolve_image_mode(mode: str, model: Any) -> str:
+    """A phase's `data.image_mode`, `model` being what the model is used with: tiles for a Phantom, one for a LLaVA."""
+    if mode != "model":
+        return mode
+    return "tiles" if model.projector.kind == "pixel_shuffle" else "crop"
 
 
 def _smallest_batch(tile_size: int) -> Batch:
