@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from phantom_jax.batch import Batch
 from phantom_jax.training.phase import Phase
 from phantom_jax.training.state import TrainState
-from phantom_jax.training.task import Task, check_tile_size, make_model_config, model_functions, resolve_image_mode
+from phantom_jax.training.task import check_tile_size, make_model_config, model_task, resolve_image_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def trace_phase(config: Mapping[str, Any], index: int) -> AbstractPhase:
     """
     model = make_model_config(config["model"])
     check_tile_size(config["processor"], model)
-    task = Task(*model_functions(config, model))
+    task = model_task(config, model)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
     phase = Phase(config, index, task, shapes, say=lambda line: None)
     batch = abstract_batch(config, index, model)

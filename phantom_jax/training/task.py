@@ -54,14 +54,14 @@ class Task:
     export: Callable[[Params, Path], None] | None = None
 
 
-def model_functions(
+def model_task(
     config: Mapping[str, Any],
     model_config: Any,
     *,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
-) -> tuple[Callable[[jax.Array], Params], Score]:
-    """`Task.init_params` and `Task.score` of a model; they need no data.
+) -> Task:
+    """The part of a task that needs no data.
 
     Args:
       config: a resolved config.
@@ -86,7 +86,7 @@ def model_functions(
         batch = prepared(_smallest_batch(model_config.vision_tower.image_size))
         return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
 
-    return init_params, score
+    return Task(init_params, score)
 
 
 def assemble(config: Mapping[str, Any]) -> Task:
@@ -114,7 +114,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         for template, phase in zip(templates, config["phases"], strict=True)
     ]
     processor = processors[-1]
-    init_params, score = model_functions(config, model_config, mean=processor.mean, std=processor.std)
+    task = model_task(config, model_config, mean=processor.mean, std=processor.std)
 
     @functools.cache
     def open_split(split):
@@ -152,7 +152,9 @@ def assemble(config: Mapping[str, Any]) -> Task:
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens, Origin(data=(name,)))
         model_folder.write(checkpoint, processor, folder)
 
-    return Task(init_params, score, train_iterator, validation_batches, export)
+    return dataclasses.replace(
+        task, train_iterator=train_iterator, validation_batches=validation_batches, export=export
+    )
 
 
 def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
