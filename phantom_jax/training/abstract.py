@@ -1,4 +1,4 @@
-"""A phase of a run without its data and weights: the shapes it works on, and its step, traced.
+"""A phase of a run without its data and weights: the shapes it works on, and its step to be traced.
 
 Nothing is read, allocated or computed, so the largest model takes as long as the smallest. The state and the step are
 those of the trainer, since both come from `Phase`.
@@ -24,17 +24,20 @@ class AbstractPhase:
     Attributes:
       state: before the first step.
       batch: the rows of a step, see `abstract_batch`.
-      step: `(state, batch) -> (state, metrics)`, traced: `step.out_info` has the shapes it gives, and `step.lower()` is
-        the way to the program.
+      phase: the trainer's own.
     """
 
     state: TrainState
     batch: Batch
-    step: Any
+    phase: Phase
+
+    def trace(self) -> jax.stages.Traced:
+        """The step `(state, batch) -> (state, metrics)`: `out_info` has the shapes it gives, `lower()` the program."""
+        return self.phase.trace_step(self.batch)
 
 
-def trace_phase(config: Mapping[str, Any], index: int) -> AbstractPhase:
-    """Traces a phase's step.
+def abstract_phase(config: Mapping[str, Any], index: int) -> AbstractPhase:
+    """A phase of a config.
 
     Args:
       config: a resolved config, see `phantom_jax.config.resolve`. Its `model.weights` and `data` are not read.
@@ -48,8 +51,7 @@ def trace_phase(config: Mapping[str, Any], index: int) -> AbstractPhase:
     task = model_task(config, model)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
     phase = Phase(config, index, task, shapes, say=lambda line: None)
-    batch = abstract_batch(config, index, model)
-    return AbstractPhase(phase.abstract_state(), batch, phase.trace_step(batch))
+    return AbstractPhase(phase.abstract_state(), abstract_batch(config, index, model), phase)
 
 
 def abstract_batch(config: Mapping[str, Any], index: int, model: Any) -> Batch:
