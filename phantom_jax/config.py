@@ -25,6 +25,7 @@ REMAT = ("none", "dots", "names", "full")
 STRATEGIES = ("zero3", "zero2", "tensor", "zero3_tensor", "zero2_tensor")
 QUANTIZE = ("none", "int8", "nf4")
 WRITERS = ("tensorboard", "wandb")
+IMAGE_MODES = ("model", "tiles", "crop", "pad")
 
 OBJECTIVES = {
     "sft": {},
@@ -62,6 +63,8 @@ PHASE = {
     "data": {
         "sources": {},
         "split": "train",
+        "template": "",
+        "image_mode": "model",
         "questions_per_image": 1,
         "images_per_row": 1,
         "kind_weights": {},
@@ -78,9 +81,11 @@ PHASE = {
 }
 """One phase. `trainable` are globs over parameter paths, see `phantom_jax.patterns`. `batch_size` counts the rows
 of a step, over all micro-batches and devices. A `max_digits` of 0 takes images of any number of digits. `data.sources`
-are weights by the name of a data set; none is all of the run's `data.name`. A `lora.rank` of 0 is no adapter. The
-patterns of `lora` and `quantize` are globs over the kernels of linear maps: those that are adapted, and those whose
-frozen values are kept in few bits."""
+are weights by the name of a data set; none is all of the run's `data.name`. `data.template` is the phase's own, "" the
+processor's. `data.image_mode` is how an image becomes tiles; `model` is `tiles` for a Phantom and `crop` for a LLaVA.
+Validation and exported models take both from the last phase. A `lora.rank` of 0 is no adapter. The patterns of `lora`
+and `quantize` are globs over the kernels of linear maps: those that are adapted, and those whose frozen values are kept
+in few bits."""
 
 DEFAULTS = {
     "seed": 0,
@@ -126,6 +131,7 @@ _CHOICES = {
     "remat": REMAT,
     "strategy": STRATEGIES,
     "kind": QUANTIZE,
+    "image_mode": IMAGE_MODES,
 }
 """Words that a key may have, wherever it stands."""
 

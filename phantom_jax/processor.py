@@ -74,18 +74,12 @@ class Processor:
     def __post_init__(self):
         if self.image_mode not in tiles.IMAGE_MODES:
             raise InputError(f"image_mode is {self.image_mode!r}; it must be one of {', '.join(tiles.IMAGE_MODES)}.")
-        for token in self._template_tokens:
+        for token in self.template.tokens:
             if self.tokenizer.token_to_id(token) is None:
                 raise InputError(
                     f"The tokenizer does not have the template's token {token!r}. "
                     "Set the template to the one that the tokenizer was made for."
                 )
-
-    @property
-    def _template_tokens(self) -> tuple[str, ...]:
-        """What must be one token each."""
-        template = self.template
-        return tuple(filter(None, (template.begin, template.image_token, template.end_token)))
 
     @property
     def image_token_id(self) -> int:
@@ -102,7 +96,7 @@ class Processor:
 
     @functools.cached_property
     def encoder(self) -> RunEncoder:
-        return RunEncoder(self.tokenizer, self._template_tokens)
+        return RunEncoder(self.tokenizer, self.template.tokens)
 
     def tile_count(self, width: int, height: int) -> int:
         """Number of tiles of an image of so many pixels."""

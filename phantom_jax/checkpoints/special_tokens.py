@@ -20,7 +20,7 @@ place: any token will do that no text comes to."""
 
 def phantom_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A language model's tokenizer with Phantom's tokens at the next free ids; those that it has keep theirs."""
-    return _with_tokens(tokenizer, PHANTOM)
+    return with_tokens(tokenizer, PHANTOM)
 
 
 def for_format(processor: Processor, layout: str) -> Processor:
@@ -38,7 +38,7 @@ def for_format(processor: Processor, layout: str) -> Processor:
       InputError: the tokenizer has no `<unk>`, which an original LLaVA needs.
     """
     if layout == "llava-hf":
-        return _with(processor, _with_tokens(processor.tokenizer, LLAVA_HF), LLAVA_HF[0])
+        return _with(processor, with_tokens(processor.tokenizer, LLAVA_HF), LLAVA_HF[0])
     if layout == "llava-original" and processor.template.image_token != UNKNOWN:
         tokenizer = _without_last(processor.tokenizer, LLAVA_HF)
         if tokenizer.token_to_id(UNKNOWN) is None:
@@ -52,7 +52,12 @@ def _with(processor: Processor, tokenizer: tokenizers.Tokenizer, image_token: st
     return dataclasses.replace(processor, tokenizer=tokenizer, template=template)
 
 
-def _with_tokens(tokenizer: tokenizers.Tokenizer, tokens: Sequence[str]) -> tokenizers.Tokenizer:
+def with_tokens(tokenizer: tokenizers.Tokenizer, tokens: Sequence[str]) -> tokenizers.Tokenizer:
+    """A copy with those special tokens that it lacks, at the next free ids.
+
+    Raises:
+      InputError: the next ids are in use.
+    """
     before = tokenizer.get_vocab()
     copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     copy.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])

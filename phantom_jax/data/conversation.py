@@ -60,6 +60,11 @@ class Template:
         """The special token that generation stops at."""
         return self.stop or self.answer_end
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """What must be one special token each."""
+        return tuple(filter(None, (self.begin, self.image_token, self.end_token)))
+
 
 _MARKS = {"image_begin": "<img>", "image_token": "<IMG_CONTEXT>", "image_end": "</img>"}
 

@@ -74,6 +74,14 @@ MODELS: dict[str, VisionLanguageConfig] = {
         DecoderConfig(384, 128, 3, 4, 2, 32, 384, 1e-6, qkv_bias=True, rope=RopeConfig(max_length=512)),
         VisionTowerConfig(embed_dim=128, num_layers=4, num_heads=4, mlp_dim=512, patch_size=8, image_size=32),
     ),
+    # A LLaVA to try recipes with: images of 32 px, 16 tokens each.
+    "llava-tiny": VisionLanguageConfig(
+        dataclasses.replace(
+            clip_large(), embed_dim=64, num_layers=2, num_heads=4, mlp_dim=128, patch_size=8, image_size=32
+        ),
+        ProjectorConfig("linear", 64, 64),
+        DecoderConfig(384, 64, 2, 4, 4, 16, 128, 1e-6, rope=RopeConfig(theta=1e4, max_length=512)),
+    ),
 }
 
 

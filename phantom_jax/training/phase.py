@@ -251,6 +251,9 @@ class _Compiled:
         self._jitted, self._what, self._announce = jitted, what, announce
         self._programs = {}
 
+    def trace(self, *args):
+        return self._jitted.trace(*args)
+
     def __call__(self, *args):
         leaves, structure = jax.tree.flatten(args[-1])
         shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))

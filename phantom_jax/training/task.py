@@ -21,6 +21,9 @@ from phantom_jax.training.state import Params
 from phantom_jax.training.step import Score
 from phantom_jax.trees import flatten, unflatten
 
+_NOT_OF_ROWS = ("sources", "split", "threads", "template", "image_mode")
+"""Keys of `phases[].data` that `pipeline.RowOptions` does not hold."""
+
 
 class DataIterator(Iterator[Batch], Protocol):
     """An endless iterator of batches of one shape, which can be put back where it stood."""
@@ -39,7 +42,8 @@ class Task:
     Attributes:
       init_params: gives all parameters from a random key, as nested dictionaries. Pure; it is traced.
       score: the log-probabilities and correctness of a batch's targets. Pure; it is traced.
-      train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning.
+      train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning. None, as is the next,
+        where phases are only traced.
       validation_batches: all batches of a validation, of one shape; called for each validation.
       export: writes parameters as a model into a new folder that appears complete or not at all; None for no export.
         Parameters are jax's arrays, or read when they are asked for (`StoredArray`).
@@ -54,12 +58,47 @@ class Task:
 
     init_params: Callable[[jax.Array], Params]
     score: Score
-    train_iterator: Callable[[int], DataIterator]
-    validation_batches: Callable[[], Iterable[Batch]]
+    train_iterator: Callable[[int], DataIterator] | None = None
+    validation_batches: Callable[[], Iterable[Batch]] | None = None
     export: Callable[[Params, Path], None] | None = None
     export_adapter: Callable[[Params, Lora, str, Path], None] | None = None
     load_params: Callable[..., Params] | None = None
     parameter_names: Mapping[str, Sequence[str | None]] = dataclasses.field(default_factory=dict)
+
+
+def model_task(
+    config: Mapping[str, Any],
+    model_config: Any,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Task:
+    """The part of a task that needs no data.
+
+    Args:
+      config: a resolved config.
+      model_config: the model, see `make_model_config`.
+      mean, std: by which pixels (from 0 to 1) are normalised, for each channel.
+    """
+    from flax.linen import meta
+
+    from phantom_jax.models.vlm import VisionLanguageModel
+    from phantom_jax.ops.image import normalize_pixels
+
+    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]), config["model"]["attention_backend"])
+    rope_length = config["processor"]["max_length"]
+
+    def prepared(batch):
+        return {**batch, "pixels": normalize_pixels(batch["pixels"], mean, std)}
+
+    def score(params, batch):
+        return model.apply({"params": params}, prepared(batch), rope_length=rope_length, method="score")
+
+    def init_params(key):
+        batch = prepared(_smallest_batch(model_config.vision_tower.image_size))
+        return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
+
+    return Task(init_params, score)
 
 
 def assemble(config: Mapping[str, Any]) -> Task:
@@ -73,6 +112,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from phantom_jax.checkpoints import adapter_folder, model_folder
     from phantom_jax.checkpoints.hf import Checkpoint, Origin
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
+    from phantom_jax.checkpoints.special_tokens import with_tokens
     from phantom_jax.data import pipeline, sources
     from phantom_jax.models.vlm import VisionLanguageModel
     from phantom_jax.ops.backends import check_backend
@@ -119,10 +159,10 @@ def assemble(config: Mapping[str, Any]) -> Task:
 
     def train_iterator(index):
         phase = config["phases"][index]
-        options = {key: value for key, value in phase["data"].items() if key not in ("sources", "split", "threads")}
+        options = {key: value for key, value in phase["data"].items() if key not in _NOT_OF_ROWS}
         return pipeline.train_iterator(
             open_split(phase["data"]["split"]),
-            processor,
+            processors[index],
             # Only a preference reads wrong answers; leaving them out saves their tokens.
             {**options, "max_digits": options["max_digits"] or None, "rejected": phase["objective"]["name"] != "sft"},
             batch_size=phase["batch_size"],
@@ -211,6 +251,8 @@ def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
     from phantom_jax.models import zoo
 
     overrides = {key: value for key, value in settings.items() if key not in DEFAULTS["model"]}
+    if tokens is None:
+        return zoo.get_config(settings["name"], **overrides)
     config = zoo.get_config(settings["name"], **{"vocab_size": tokens, **overrides})
     if config.language_model.vocab_size < tokens:
         raise InputError(
@@ -236,12 +278,22 @@ def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any, given: A
         return dataclasses.replace(given, max_tiles=settings["max_tiles"], max_length=settings["max_length"])
     return Processor(
         tokenizer,
-        TEMPLATES[settings["template"]],
+        template,
         settings["tile_size"],
         settings["max_tiles"],
         model.tokens_per_tile,
         settings["max_length"],
+        mean=IMAGENET_MEAN if phantom else CLIP_MEAN,
+        std=IMAGENET_STD if phantom else CLIP_STD,
+        image_mode=resolve_image_mode(image_mode, model),
     )
+
+
+def resolve_image_mode(mode: str, model: Any) -> str:
+    """A phase's `data.image_mode`, `model` being what the model is used with: tiles for a Phantom, one for a LLaVA."""
+    if mode != "model":
+        return mode
+    return "tiles" if model.projector.kind == "pixel_shuffle" else "crop"
 
 
 def _smallest_batch(tile_size: int) -> Batch:

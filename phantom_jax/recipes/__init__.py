@@ -1,0 +1,1 @@
+"""The published recipes of both families, by size. The files of configs/ name one size each."""
