@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from phantom_jax.batch import Batch
-from phantom_jax.objectives import Objective, reciprocal, sum_answers, supervised_mask
+from phantom_jax.objectives import Objective, answer_log_probs, reciprocal, sum_answers, supervised_mask
 from phantom_jax.training.optimizer import Optimizer
 from phantom_jax.training.state import Params, TrainState, merge
 
@@ -40,7 +40,15 @@ def make_train_step(
       `skipped_in_a_row` (both counted up to this step).
     """
 
+    def with_reference(frozen, micro):
+        if objective.reference != "adapter_off":
+            return micro
+        # All that trains is the adapter, so the frozen parameters are the model without it, and no gradient arises.
+        log_probs = score(frozen, micro).log_probs
+        return {**micro, "reference_logps": jax.lax.stop_gradient(answer_log_probs(log_probs, micro))}
+
     def micro_loss(trainable, frozen, micro, weights):
+        micro = with_reference(frozen, micro)
         scores = score(merge(trainable, frozen), micro)
         totals = {name: term.total for name, term in objective.terms(scores.log_probs, micro).items()}
         correct = jnp.sum(scores.correct & supervised_mask(micro), dtype=jnp.float32)
@@ -86,6 +94,16 @@ def make_train_step(
         metrics = {name: total * reciprocal(weights[name]) for name, total in totals.items()}
         counters = {"skipped": new_state.skipped, "skipped_in_a_row": new_state.skipped_in_a_row}
         return new_state, {"loss": loss, **metrics, **stats, **counters}
+
+    return step
+
+
+def make_reference_step(score: Score) -> Callable[[Params, Params, Batch], jax.Array]:
+    """Builds `step(trainable, frozen, batch) -> reference_logps`, [B, 2 * pairs], of a batch that has `pair_ids`."""
+
+    def step(trainable, frozen, batch):
+        log_probs = score(merge(trainable, frozen), batch).log_probs
+        return answer_log_probs(log_probs, batch, slots=2 * batch["pair_ids"].shape[1])
 
     return step
 
