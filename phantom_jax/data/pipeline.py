@@ -7,7 +7,7 @@ it is laid out. So the state of the stream is one number, and a restart continue
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from phantom_jax.batch import Batch
-from phantom_jax.data.rows import Asking, Bound, RowShape, RowStructure, build_row, count_tiles, length_bound
+from phantom_jax.data.rows import KNOWS_ALL, Asking, Bound, RowShape, RowStructure, build_row, count_tiles, length_bound
 from phantom_jax.data.sources import Question, Record, Records
 from phantom_jax.errors import InputError
 from phantom_jax.processor import Processor
@@ -42,7 +42,7 @@ class RowOptions:
     max_digits: int | None = None
     rejected: bool = False
     pair_ids: bool = False
-    structure: RowStructure = RowStructure()
+    structure: RowStructure = KNOWS_ALL
 
     def __post_init__(self):
         for name in ("questions_per_image", "images_per_row", "max_digits"):
@@ -105,6 +105,23 @@ class TrainingRows:
             asking.append((number, record, self._draw(record, rng)))
         return build_row(asking, self.processor, self.shape, rejected=self.options.rejected)
 
+    def taking_part(self) -> Iterator[tuple[int, Record]]:
+        """The records that rows come from, with their numbers in the source."""
+        for number in self._indices.tolist():
+            yield number, self.records[number]
+
+    def askable(self, record: Record) -> list[tuple[int, Question]]:
+        """The questions of a record that may be asked, with their numbers."""
+        weights = self.options.kind_weights
+        return [(index, one) for index, one in enumerate(record.questions) if weights.get(one.kind, 1) > 0]
+
+    def single_shape(self) -> RowShape:
+        """The shape of a row that holds any one of the records, with as many questions as a training row, and ids."""
+        options, bound = self.options, Bound(*(int(lengths.max()) for lengths in self._lengths))
+        unfolded = options.structure.unfolded(1, options.questions_per_image * (1 + options.rejected), bound)
+        tiles = int(self._tiles.max())
+        return RowShape(bound.shared, tiles, options.questions_per_image, options.structure, unfolded)
+
     def _measure(self) -> None:
         """Finds the records that take part, how many tiles each has, and how many tokens it may come to."""
         weights, rejected = self.options.kind_weights, self.options.rejected
@@ -113,7 +130,7 @@ class TrainingRows:
         taking_part, kinds, pairs = [], set(), 0
         for index, record in enumerate(self.records):
             kinds.update(question.kind for question in record.questions)
-            questions = [question for question in record.questions if weights.get(question.kind, 1) > 0]
+            questions = [question for _, question in self.askable(record)]
             if questions and len(record.digits) <= most_digits:
                 tiles = count_tiles(record, self.processor)
                 pairs += sum(bool(question.rejected) for question in questions)
@@ -202,12 +219,17 @@ def train_iterator(
     """
     if not isinstance(options, RowOptions):
         options = RowOptions(**options)
-    rows = grain.MapDataset.source(TrainingRows(records, processor, options, seed)).batch(batch_size)
+    return row_iterator(TrainingRows(records, processor, options, seed), batch_size=batch_size, threads=threads)
+
+
+def row_iterator(rows: TrainingRows, *, batch_size: int, threads: int = 1) -> grain.DatasetIterator:
+    """The iterator of `train_iterator` over given rows."""
+    rows = grain.MapDataset.source(rows).batch(batch_size)
     return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
 def evaluation_batches(
-    records: Sequence[Record], processor: Processor, *, batch_size: int, structure: RowStructure = RowStructure()
+    records: Sequence[Record], processor: Processor, *, batch_size: int, structure: RowStructure = KNOWS_ALL
 ) -> list[Batch]:
     """Every question of every record once, for scoring given answers: a row a record, its questions as branches.
 

@@ -61,6 +61,9 @@ class RowStructure:
         return (1, bound.apart) if self.segments else (conversations, bound.longest)
 
 
+KNOWS_ALL = RowStructure()
+
+
 @dataclasses.dataclass(frozen=True)
 class RowShape:
     """The static shape of rows.
@@ -76,7 +79,7 @@ class RowShape:
     length: int
     tiles: int
     pairs: int = 0
-    structure: RowStructure = RowStructure()
+    structure: RowStructure = KNOWS_ALL
     unfolded: tuple[int, int] | None = None
 
 

@@ -1,7 +1,8 @@
 """One run, from top to bottom: all phases of a config in one workdir, from wherever it stands.
 
 A workdir holds `config.json` (the resolved config), `metrics.jsonl`, `checkpoints/STEP/`, `models/PHASE/` (the model
-after each phase but the last) and `model/` (after the last).
+after each phase but the last) and `model/` (after the last). Where an objective's reference is stored, it also holds
+`reference/PHASE/`, see `phantom_jax.training.reference`.
 """
 
 import contextlib
@@ -80,6 +81,10 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                 else:
                     state = phase.start(params)
                     progress.phase, progress.phase_step = index, 0
+
+                for line in task.remarks(index):
+                    say(line)
+                iterator = phase.with_references(iterator, state, progress, workdir / "reference", stop)
 
                 def save(state, data_state):
                     meta = {"progress": dataclasses.asdict(progress), "config": config}

@@ -5,7 +5,7 @@ The loop itself knows none of them. It takes a `Task`, so that a test or a study
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,9 @@ class Task:
       train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning.
       validation_batches: all batches of a validation, of one shape; called for each validation.
       export: writes parameters as a model into a new folder that appears complete or not at all; None for no export.
+      pairs: every pair of answers that a phase may compare once, by the phase's index, for an objective whose reference
+        is stored; see `phantom_jax.training.reference.Pairs`.
+      remarks: lines to print at the beginning of a phase, by its index.
     """
 
     init_params: Callable[[jax.Array], Params]
@@ -47,6 +50,8 @@ class Task:
     train_iterator: Callable[[int], DataIterator]
     validation_batches: Callable[[], Iterable[Batch]]
     export: Callable[[Params, Path], None] | None = None
+    pairs: Callable[[int], Any] | None = None
+    remarks: Callable[[int], Iterable[str]] = lambda index: ()
 
 
 def assemble(config: Mapping[str, Any]) -> Task:
@@ -60,17 +65,21 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from phantom_jax.checkpoints import model_folder
     from phantom_jax.checkpoints.hf import Checkpoint, Origin
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
-    from phantom_jax.data import pipeline, sources
+    from phantom_jax.data import pairs, pipeline, sources
+    from phantom_jax.data.rows import RowStructure
     from phantom_jax.models.vlm import VisionLanguageModel
+    from phantom_jax.ops import attention
     from phantom_jax.ops.image import normalize_pixels
 
-    _refuse_without_reference(config["phases"])
     name, data_dir = config["data"]["name"], config["data"]["data_dir"]
     tokenizer = sources.open_tokenizer(name, data_dir)
     model_config = _model_config(config["model"], tokenizer.get_vocab_size(with_added_tokens=True))
     processor = _processor(config["processor"], tokenizer, model_config)
     model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]), config["model"]["attention_backend"])
     rope_length = processor.max_length
+    backend = config["model"]["attention_backend"]
+    limits = getattr(attention, "SUPPORTS", {}).get(backend)
+    structure = RowStructure() if limits is None else RowStructure(limits.branches, limits.segments)
 
     def prepared(batch):
         return {**batch, "pixels": normalize_pixels(batch["pixels"], processor.mean, processor.std)}
@@ -86,26 +95,47 @@ def assemble(config: Mapping[str, Any]) -> Task:
     def open_split(split):
         return sources.open_records(name, split, data_dir)
 
-    def train_iterator(index):
+    @functools.cache
+    def training_rows(index):
         phase = config["phases"][index]
         options = {key: value for key, value in phase["data"].items() if key not in ("sources", "split", "threads")}
-        return pipeline.train_iterator(
-            open_split(phase["data"]["split"]),
-            processor,
+        options["max_digits"] = options["max_digits"] or None
+        options = pipeline.RowOptions(
+            **options,
             # Only a preference reads wrong answers; leaving them out saves their tokens.
-            {**options, "max_digits": options["max_digits"] or None, "rejected": phase["objective"]["name"] != "sft"},
-            batch_size=phase["batch_size"],
-            # Not a sum: the phases of one seed would be shifted phases of the next.
-            seed=int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0]),
-            threads=phase["data"]["threads"],
+            rejected=phase["objective"]["name"] != "sft",
+            pair_ids=phase["objective"].get("reference") == "stored",
+            structure=structure,
         )
+        # Not a sum: the phases of one seed would be shifted phases of the next.
+        seed = int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0])
+        return pipeline.TrainingRows(open_split(phase["data"]["split"]), processor, options, seed)
+
+    def train_iterator(index):
+        phase = config["phases"][index]
+        rows, threads = training_rows(index), phase["data"]["threads"]
+        return pipeline.row_iterator(rows, batch_size=phase["batch_size"], threads=threads)
+
+    def all_pairs(index):
+        phase = config["phases"][index]
+        return pairs.PairBatches(training_rows(index), phase["batch_size"] // phase["accumulation"])
+
+    def remarks(index):
+        shape = training_rows(index).shape
+        if shape.unfolded is not None:
+            count, length = shape.unfolded
+            yield (
+                f"attention backend {backend!r} cannot keep conversations of one row apart: each gets a copy of what"
+                f" they share, so rows of {shape.length:,} tokens take {count} x {length:,}"
+                f" ({count * length / shape.length:.2f} times as many)"
+            )
 
     @functools.cache
     def validation_batches():
         settings = config["validation"]
         records = open_split(settings["split"])
         chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
-        return pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"])
+        return pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"], structure=structure)
 
     if config["validation"]["every"]:
         # A split that does not exist shall come up now.
@@ -118,16 +148,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens, Origin(data=(name,)))
         model_folder.write(checkpoint, processor, folder)
 
-    return Task(init_params, score, train_iterator, validation_batches, export)
-
-
-def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
-    for index, phase in enumerate(phases):
-        if phase["objective"]["name"] == "dpo":
-            raise InputError(
-                f"phases[{index}].objective.name is 'dpo', which needs log-probabilities under a reference model beside"
-                " the rows, and no data set brings them; take phantom_optimization, simpo or orpo, which need none."
-            )
+    return Task(init_params, score, train_iterator, validation_batches, export, pairs=all_pairs, remarks=remarks)
 
 
 def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
