@@ -13,9 +13,14 @@ from phantom_jax.errors import Diverged, Preempted
 from phantom_jax.objectives import OBJECTIVES
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.optimizer import make_optimizer
-from phantom_jax.training.reference import ReferenceIterator, compute_references, load_references
+from phantom_jax.training.reference import (
+    ReferenceIterator,
+    compute_references,
+    load_references,
+    make_reference_step,
+)
 from phantom_jax.training.state import Params, TrainState, merge, split, start_phase
-from phantom_jax.training.step import make_reference_step, make_train_step, make_validation_step
+from phantom_jax.training.step import make_train_step, make_validation_step
 from phantom_jax.training.task import DataIterator, Task
 
 Say = Callable[[str], None]
@@ -46,7 +51,7 @@ class Phase:
     def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, say: Say):
         phase = config["phases"][index]
         self.name, self.steps = phase["name"], phase["steps"]
-        self._index = index
+        self._index, self._reads_stored = index, phase["objective"].get("reference") == "stored"
         self._config, self._task, self._say = config, task, say
         optimizer = make_optimizer(
             phase["optimizer"],
@@ -64,11 +69,10 @@ class Phase:
             )
 
         self._start, self._shapes = start, shapes
-        settings = dict(phase["objective"])
-        objective = OBJECTIVES[settings.pop("name")](**settings)
-        self._reads_stored = objective.reference == "stored"
-        step = make_train_step(task.score, objective, optimizer, accumulation=phase["accumulation"])
-        self._refer = _Compiled(jax.jit(make_reference_step(task.score)), f"{self.name} reference", self._announce)
+        objective = dict(phase["objective"])
+        step = make_train_step(
+            task.score, OBJECTIVES[objective.pop("name")](**objective), optimizer, accumulation=phase["accumulation"]
+        )
         self._meter = metrics_lib.Meter()
         self._step = _Compiled(jax.jit(step, donate_argnums=0), f"{self.name} step", self._announce)
         self._validate = _Compiled(jax.jit(make_validation_step(task.score)), f"{self.name} validation", self._announce)
@@ -91,33 +95,6 @@ class Phase:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             jax.eval_shape(self._start, self._shapes),
         )
-
-    def with_references(
-        self, iterator: DataIterator, state: TrainState, progress: Progress, folder: Path, stop: threading.Event
-    ) -> DataIterator:
-        """The iterator with what the objective's reference model says, where that is stored.
-
-        It is computed before the first step, with the state that the phase begins with, and read ever after.
-
-        Args:
-          iterator: of the phase.
-          state: where the phase stands.
-          progress: of the run.
-          folder: of all phases' stored log-probabilities.
-          stop: ends the pass when it is set.
-        """
-        if not self._reads_stored or progress.phase_step == self.steps:
-            return iterator
-        pairs, folder = self._task.pairs(self._index), folder / self.name
-        if progress.phase_step == 0:
-
-            def score(batch):
-                with jax.transfer_guard("disallow"):
-                    return jax.device_get(self._refer(state.trainable, state.frozen, jax.device_put(dict(batch))))
-
-            params = merge(state.trainable, state.frozen)
-            compute_references(folder, pairs, params, score, say=self._say, stop=stop)
-        return ReferenceIterator(iterator, load_references(folder, pairs))
 
     def run(
         self,
@@ -218,6 +195,34 @@ class Phase:
             f" loss {means.get('validation/loss', 0.0):.4g} exact match {means.get('validation/exact_match', 0.0):.1%}"
             f" of {questions:.0f} questions in {metrics_lib.duration(time.perf_counter() - began)}"
         )
+
+    def with_references(
+        self, iterator: DataIterator, state: TrainState, progress: Progress, folder: Path, stop: threading.Event
+    ) -> DataIterator:
+        """The iterator with what the objective's reference model says, where that is stored.
+
+        It is computed before the first step, with the state that the phase begins with, and read ever after.
+
+        Args:
+          iterator: of the phase.
+          state: where the phase stands.
+          progress: of the run.
+          folder: of all phases' stored log-probabilities.
+          stop: ends the pass when it is set.
+        """
+        if not self._reads_stored or progress.phase_step == self.steps:
+            return iterator
+        pairs, folder = self._task.pairs(self._index), folder / self.name
+        if progress.phase_step == 0:
+            refer = _Compiled(jax.jit(make_reference_step(self._task.score)), f"{self.name} reference", self._announce)
+
+            def score(batch):
+                with jax.transfer_guard("disallow"):
+                    return jax.device_get(refer(state.trainable, state.frozen, jax.device_put(dict(batch))))
+
+            params = merge(state.trainable, state.frozen)
+            compute_references(folder, pairs, params, score, say=self._say, stop=stop)
+        return ReferenceIterator(iterator, load_references(folder, pairs))
 
 
 class _Compiled:

@@ -22,8 +22,10 @@ import numpy as np
 from phantom_jax.batch import Batch
 from phantom_jax.errors import InputError, Preempted
 from phantom_jax.json_files import read_json, write_json
+from phantom_jax.objectives import answer_log_probs
 from phantom_jax.sharding.placement import on_host
-from phantom_jax.training.state import Params
+from phantom_jax.training.state import Params, merge
+from phantom_jax.training.step import Score
 from phantom_jax.training.task import DataIterator
 
 PART = 64
@@ -87,6 +89,19 @@ class ReferenceIterator:
 
     def set_state(self, state: Any) -> None:
         self._iterator.set_state(state)
+
+
+def make_reference_step(score: Score) -> Callable[[Params, Params, Batch], jax.Array]:
+    """Builds `step(trainable, frozen, batch) -> reference_logps`, [B, 2 * pairs], of a batch that has `pair_ids`.
+
+    Factors of an adapter are left out: when a phase begins they change nothing.
+    """
+
+    def step(trainable, frozen, batch):
+        log_probs = score(merge(trainable, frozen), batch).log_probs
+        return answer_log_probs(log_probs, batch, slots=2 * batch["pair_ids"].shape[1])
+
+    return step
 
 
 def fingerprint(params: Params) -> str:

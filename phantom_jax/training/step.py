@@ -98,16 +98,6 @@ def make_train_step(
     return step
 
 
-def make_reference_step(score: Score) -> Callable[[Params, Params, Batch], jax.Array]:
-    """Builds `step(trainable, frozen, batch) -> reference_logps`, [B, 2 * pairs], of a batch that has `pair_ids`."""
-
-    def step(trainable, frozen, batch):
-        log_probs = score(merge(trainable, frozen), batch).log_probs
-        return answer_log_probs(log_probs, batch, slots=2 * batch["pair_ids"].shape[1])
-
-    return step
-
-
 def split_rows(batch: Batch, parts: int) -> Batch:
     """Rows [B, ...] as [parts, B / parts, ...]. Part p takes rows p, p + parts, ...
 

@@ -14,8 +14,9 @@ from phantom_jax.batch import IGNORE
 from phantom_jax.config import default_phase
 from phantom_jax.errors import InputError, Preempted
 from phantom_jax.training import loop, reference
+from phantom_jax.training.reference import make_reference_step
 from phantom_jax.training.state import TrainState, merge
-from phantom_jax.training.step import make_reference_step, make_train_step
+from phantom_jax.training.step import make_train_step
 from tests.training import toy
 from tests.training.step_test import ADAM
 from tests.training.step_test import start as start_state
