@@ -13,8 +13,10 @@ The target is 1.25 times the step of supervised fine-tuning at 1,792 image token
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -135,14 +137,15 @@ def make_steps(size: Size, dtype: str, backend: str) -> dict[str, tuple]:
     for name, batch in batches.items():
         compiled = jax.jit(make_train_step(score, kinds[name], optimizer), donate_argnums=0)
         tokens = batch.get("unfolded", batch["token_ids"]).size
-
-        def run(compiled=compiled, batch=jax.device_put(batch)):
-            # One state for all of them, since each gives up the one it is given.
-            state[0], metrics = compiled(state[0], batch)
-            jax.block_until_ready((state[0], metrics))
-
+        run = functools.partial(_run, compiled, state, jax.device_put(batch))
         steps[name] = run, tokens
     return steps
+
+
+def _run(step: Callable, state: list, batch: dict[str, jax.Array]) -> None:
+    # One state for all steps, since each gives up the one it is given.
+    state[0], metrics = step(state[0], batch)
+    jax.block_until_ready((state[0], metrics))
 
 
 def measure(steps: dict[str, tuple], rounds: int) -> dict[str, float]:
