@@ -27,7 +27,12 @@ class Batch(TypedDict, total=False):
         rejected answer of the row's pair k. Of several turns the last is scored.
       pixels: [B, I, H, W, 3], uint8 tiles in the pipeline, normalised float32 at the model.
       row_ids: [B] int32, which example of the source each row came from.
-      reference_logps: [B, number of slots] float32, sequence log-probabilities under the reference (DPO alone).
+      pair_ids: [B, pairs, 2] int32, for each pair of answer slots the record of the source and the question in it, -1
+        where there is none. Where reference log-probabilities are stored.
+      reference_logps: [B, 2 * pairs] float32, sequence log-probabilities under the reference (DPO alone).
+      unfolded: [B, C, U] int32, for attention that knows no branches: C rows of U places that hold every conversation
+        with a copy of what it shares, as indices into the row's L tokens, -1 for padding. The decoder runs over these,
+        and all other fields stay as they are.
     """
 
     token_ids: Any
@@ -40,4 +45,6 @@ class Batch(TypedDict, total=False):
     answer_slots: Any
     pixels: Any
     row_ids: Any
+    pair_ids: Any
     reference_logps: Any
+    unfolded: Any

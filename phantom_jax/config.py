@@ -26,12 +26,13 @@ STRATEGIES = ("zero3", "zero2", "tensor", "zero3_tensor", "zero2_tensor")
 QUANTIZE = ("none", "int8", "nf4")
 WRITERS = ("tensorboard", "wandb")
 IMAGE_MODES = ("model", "tiles", "crop", "pad")
+REFERENCES = ("adapter_off", "stored")
 
 OBJECTIVES = {
     "sft": {},
     "phantom_optimization": {"beta": 2.0, "gamma": 0.5, "sft_weight": 1.0},
     "simpo": {"beta": 2.0, "gamma": 0.5},
-    "dpo": {"beta": 0.1},
+    "dpo": {"beta": 0.1, "reference": "adapter_off"},
     "orpo": {"beta": 0.1},
 }
 """Objectives by name, with their arguments; see `phantom_jax.objectives`."""
@@ -132,6 +133,7 @@ _CHOICES = {
     "strategy": STRATEGIES,
     "kind": QUANTIZE,
     "image_mode": IMAGE_MODES,
+    "reference": REFERENCES,
 }
 """Words that a key may have, wherever it stands."""
 
@@ -412,11 +414,26 @@ def _check_phase(phase: Mapping, prefix: str) -> Iterator[str]:
         )
     if not phase["trainable"] and not phase["lora"]["rank"]:
         yield f"{prefix}trainable is empty and {prefix}lora.rank is 0, so nothing trains; '**' is everything."
+    yield from _check_reference(phase, prefix)
     optimizer = phase["optimizer"]
     if optimizer["schedule"] != "constant" and optimizer["end_learning_rate"] > optimizer["learning_rate"]:
         yield (
             f"{prefix}optimizer.end_learning_rate is {optimizer['end_learning_rate']}, more than the learning_rate of"
             f" {optimizer['learning_rate']} that it decays from; set it lower."
+        )
+
+
+def _check_reference(phase: Mapping, prefix: str) -> Iterator[str]:
+    if phase["objective"].get("reference") != "adapter_off":
+        return
+    what = f"{prefix}objective.reference is 'adapter_off', the model without its adapter, but"
+    remedy = f"Set {prefix}objective.reference to 'stored', which takes the model that the phase begins with."
+    if not phase["lora"]["rank"]:
+        yield f"{what} {prefix}lora.rank is 0, so there is none. {remedy}"
+    elif phase["trainable"]:
+        yield (
+            f"{what} {prefix}trainable is {tuple(phase['trainable'])!r}: what trains beside the adapter would move the"
+            f" reference with it. {remedy}"
         )
 
 

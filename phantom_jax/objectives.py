@@ -43,11 +43,14 @@ class Objective(NamedTuple):
         the float32 log-probabilities of `batch["targets"]`, 0 where the target is `IGNORE`.
       weights: `batch -> {name: weight}` for exactly the names of `terms`; reads labels only.
       coefficients: factor of each term in the loss. A term without one is a metric.
+      reference: where `reference_logps` come from that `terms` reads: `stored` is in the batch, `adapter_off` is for
+        the training step to compute. None reads none.
     """
 
     terms: Callable[[jax.Array, Batch], dict[str, Term]]
     weights: Callable[[Batch], dict[str, jax.Array]]
     coefficients: Mapping[str, float]
+    reference: str | None = None
 
     def loss(self, totals: Mapping[str, jax.Array], weights: Mapping[str, jax.Array]) -> jax.Array:
         """The loss from sums, of a whole batch or of a part of it, and the weights of the whole batch."""
@@ -106,6 +109,18 @@ def sum_answers(values_BL: jax.Array, batch: Batch, *, slots: int | None = None)
     sums_BS = jax.vmap(row_sums)(values_BL.astype(jnp.float32), slots_BL)
     counts_BS = jax.vmap(row_sums)(scored.astype(jnp.float32), slots_BL)
     return Answers(sums_BS[:, 0::2], sums_BS[:, 1::2], counts_BS[:, 0::2], counts_BS[:, 1::2])
+
+
+def answer_log_probs(log_probs_BL: jax.Array, batch: Batch, *, slots: int | None = None) -> jax.Array:
+    """[B, slots] float32, the log-probability of each scored answer as a whole: what `reference_logps` holds.
+
+    Args:
+      log_probs_BL: of the targets.
+      batch: see `sum_answers`.
+      slots: see `sum_answers`.
+    """
+    answers = sum_answers(log_probs_BL, batch, slots=slots)
+    return jnp.stack([answers.chosen, answers.rejected], axis=2).reshape(answers.chosen.shape[0], -1)
 
 
 def _masked_sum(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -222,28 +237,34 @@ def phantom_optimization(beta: float = 2.0, gamma: float = 0.5, sft_weight: floa
     return _with_sft(simpo(beta, gamma), {"sft": sft_weight, "preference": 1.0})
 
 
-def dpo(beta: float = 0.1) -> Objective:
-    """Direct preference optimisation against a reference model whose log-probabilities are given.
+def dpo(beta: float = 0.1, reference: str = "adapter_off") -> Objective:
+    """Direct preference optimisation against a reference model.
 
     The mean over pairs of `-log sigmoid(beta (log(p(y+|x) / r(y+|x)) - log(p(y-|x) / r(y-|x))))`, of whole answers and
     not normalised by length.
 
     Args:
       beta: scale of the rewards, the strength with which the reference holds.
+      reference: `adapter_off`, the model without its low-rank adapter, which the training step runs beside the model,
+        or `stored`, log-probabilities that the batch brings.
 
     Returns:
       An objective of the term `preference` and the metrics `rewards/*` (beta times the log-ratio to the reference) and
-      `logps/*` (log-probability of the whole answer). The batch must hold `reference_logps`, [B, number of slots], of
-      which entry 2k is for the chosen and entry 2k + 1 for the rejected answer of pair k.
+      `logps/*` (log-probability of the whole answer). Its terms read `reference_logps`, [B, number of slots], of which
+      entry 2k is for the chosen and entry 2k + 1 for the rejected answer of pair k.
 
     Raises:
-      InputError: when traced with a batch that has no reference log-probabilities, or an odd number of slots.
+      InputError: the reference is of neither kind; when traced, a batch has no reference log-probabilities, or an odd
+        number of slots.
 
     References:
       Rafailov et al., Direct Preference Optimization, 2023 (arXiv 2305.18290), eq. 7.
     """
 
-    def reference_slots(batch) -> int:
+    if reference not in REFERENCES:
+        raise InputError(f"dpo's reference is {reference!r}; it must be one of {', '.join(REFERENCES)}.")
+
+    def given(batch) -> jax.Array:
         reference_BS = batch.get("reference_logps")
         if reference_BS is None:
             raise InputError(
@@ -254,20 +275,21 @@ def dpo(beta: float = 0.1) -> Objective:
             raise InputError(
                 f"reference_logps has {reference_BS.shape[1]} slots a row. Each pair has two: give an even number."
             )
-        return reference_BS.shape[1]
+        return reference_BS
 
     def terms(log_probs_BL, batch):
-        answers = sum_answers(log_probs_BL, batch, slots=reference_slots(batch))
-        reference_BS = batch["reference_logps"].astype(jnp.float32)
+        reference_BS = given(batch).astype(jnp.float32)
+        answers = sum_answers(log_probs_BL, batch, slots=reference_BS.shape[1])
         chosen_BK = beta * (answers.chosen - reference_BS[:, 0::2])
         rejected_BK = beta * (answers.rejected - reference_BS[:, 1::2])
         loss_BK = -jax.nn.log_sigmoid(chosen_BK - rejected_BK)
         return _pair_terms(loss_BK, (chosen_BK, rejected_BK), (answers.chosen, answers.rejected), answers.paired)
 
     def weights(batch):
-        return _pair_weights(batch, slots=reference_slots(batch))
+        # What the step computes comes later than the weights, and has a slot for every answer.
+        return _pair_weights(batch, slots=given(batch).shape[1] if reference == "stored" else None)
 
-    return Objective(terms, weights, {"preference": 1.0})
+    return Objective(terms, weights, {"preference": 1.0}, reference)
 
 
 def orpo(beta: float = 0.1) -> Objective:
@@ -320,6 +342,9 @@ def _with_sft(preference: Objective, coefficients: Mapping[str, float]) -> Objec
 
     return Objective(terms, weights, dict(coefficients))
 
+
+REFERENCES = ("adapter_off", "stored")
+"""Where DPO's reference log-probabilities come from."""
 
 OBJECTIVES = {"sft": sft, "phantom_optimization": phantom_optimization, "simpo": simpo, "dpo": dpo, "orpo": orpo}
 """Every objective by the name that a config gives it; its arguments are the config's other keys."""

@@ -80,6 +80,21 @@ def test_a_good_config_has_nothing_wrong():
         (lambda c: c.phases[0].optimizer.update(learning_rate=float("nan")), "learning_rate is nan; it must be finite"),
         (lambda c: c.phases[0].optimizer.update(end_learning_rate=1.0), "more than the learning_rate of 1e-05"),
         (lambda c: c.checkpoint.update(keep=0), "checkpoint.keep is 0; it must be larger than 0."),
+        (
+            lambda c: c.phases[0].__setitem__("objective", {"name": "dpo", "beta": 0.1, "reference": "stord"}),
+            "phases[0].objective.reference is 'stord'; it must be one of adapter_off, stored. Did you mean 'stored'?",
+        ),
+        (
+            lambda c: c.phases[0].__setitem__("objective", {"name": "dpo", "beta": 0.1, "reference": "adapter_off"}),
+            "phases[0].lora.rank is 0, so there is none. Set phases[0].objective.reference to 'stored'",
+        ),
+        (
+            lambda c: (
+                c.phases[0].__setitem__("objective", {"name": "dpo", "beta": 0.1, "reference": "adapter_off"}),
+                c.phases[0].lora.update(rank=8),
+            ),
+            "phases[0].trainable is ('**',): what trains beside the adapter would move the reference with it.",
+        ),
         (lambda c: c.validation.update(every=-1), "validation.every is -1; it must be 0 or larger."),
     ],
 )
@@ -204,6 +219,7 @@ def test_the_tables_say_what_the_functions_take():
         parameters = inspect.signature(function).parameters
         assert {key: parameter.default for key, parameter in parameters.items()} == configs.OBJECTIVES[name]
     assert configs.ATTENTION_BACKENDS == attention.BACKENDS
+    assert configs.REFERENCES == objectives.REFERENCES
 
 
 @pytest.mark.parametrize("arg", [None, "smoke", "smoke=True", "objective=sft", "objective=sft,smoke=True"])

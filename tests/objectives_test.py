@@ -188,13 +188,25 @@ def test_values_at_ignored_targets_do_not_matter(batch):
 def test_dpo_without_reference_says_what_to_do(batch):
     del batch["reference_logps"]
     with pytest.raises(InputError, match="reference_logps.*simpo"):
-        objectives.dpo().weights(batch)
+        objectives.dpo(reference="stored").weights(batch)
+    with pytest.raises(InputError, match="reference_logps.*simpo"):
+        objectives.dpo().terms(LOG_PROBS, batch)
 
 
 def test_dpo_refuses_half_a_pair(batch):
     batch["reference_logps"] = batch["reference_logps"][:, :3]
     with pytest.raises(InputError, match="3 slots"):
-        objectives.dpo().weights(batch)
+        objectives.dpo(reference="stored").weights(batch)
+
+
+def test_dpo_refuses_a_reference_of_no_kind():
+    with pytest.raises(InputError, match="'sored'; it must be one of adapter_off, stored"):
+        objectives.dpo(reference="sored")
+
+
+def test_the_log_probabilities_of_answers_are_in_the_order_of_their_slots(batch):
+    sums = objectives.answer_log_probs(jnp.asarray(LOG_PROBS), batch, slots=4)
+    np.testing.assert_allclose(sums, [[-3.0, -5.0, -0.25, -0.75], [-0.4, 0.0, 0.0, 0.0]], rtol=1e-6)
 
 
 def test_jit_gives_the_same(batch):

@@ -7,7 +7,7 @@ it is laid out. So the state of the stream is one number, and a restart continue
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from phantom_jax.batch import Batch
-from phantom_jax.data.rows import Asking, RowShape, build_row, count_tiles, length_bound
+from phantom_jax.data.rows import KNOWS_ALL, Asking, Bound, RowShape, RowStructure, build_row, count_tiles, length_bound
 from phantom_jax.data.sources import Question, Record, Records
 from phantom_jax.errors import InputError
 from phantom_jax.processor import Processor
@@ -31,7 +31,9 @@ class RowOptions:
         of few, so that rows are of nearly equal size and little is padding.
       kind_weights: how likely a kind of question is drawn, in proportion; 1 where not given, 0 for never.
       max_digits: only records of at most so many digits; None for all.
-      rejected: whether the wrong answers come too.
+      rejected: whether the wrong answers come too; then some question must have one.
+      pair_ids: whether rows say which question each of their pairs is.
+      structure: what the model's attention tells apart.
     """
 
     questions_per_image: int = 1
@@ -39,6 +41,8 @@ class RowOptions:
     kind_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     max_digits: int | None = None
     rejected: bool = False
+    pair_ids: bool = False
+    structure: RowStructure = KNOWS_ALL
 
     def __post_init__(self):
         for name in ("questions_per_image", "images_per_row", "max_digits"):
@@ -101,23 +105,46 @@ class TrainingRows:
             asking.append((number, record, self._draw(record, rng)))
         return build_row(asking, self.processor, self.shape, rejected=self.options.rejected)
 
+    def taking_part(self) -> Iterator[tuple[int, Record]]:
+        """The records that rows come from, with their numbers in the source."""
+        for number in self._indices.tolist():
+            yield number, self.records[number]
+
+    def askable(self, record: Record) -> list[tuple[int, Question]]:
+        """The questions of a record that may be asked, with their numbers."""
+        weights = self.options.kind_weights
+        return [(index, one) for index, one in enumerate(record.questions) if weights.get(one.kind, 1) > 0]
+
+    def single_shape(self) -> RowShape:
+        """The shape of a row that holds any one of the records, with as many questions as a training row, and ids."""
+        options, bound = self.options, Bound(*(int(lengths.max()) for lengths in self._lengths))
+        unfolded = options.structure.unfolded(1, options.questions_per_image * (1 + options.rejected), bound)
+        tiles = int(self._tiles.max())
+        return RowShape(bound.shared, tiles, options.questions_per_image, options.structure, unfolded)
+
     def _measure(self) -> None:
         """Finds the records that take part, how many tiles each has, and how many tokens it may come to."""
         weights, rejected = self.options.kind_weights, self.options.rejected
         most_digits = sys.maxsize if self.options.max_digits is None else self.options.max_digits
         bound = length_bound(self.processor, rejected=rejected)
-        taking_part, kinds = [], set()
+        taking_part, kinds, pairs = [], set(), 0
         for index, record in enumerate(self.records):
             kinds.update(question.kind for question in record.questions)
-            questions = [question for question in record.questions if weights.get(question.kind, 1) > 0]
+            questions = [question for _, question in self.askable(record)]
             if questions and len(record.digits) <= most_digits:
                 tiles = count_tiles(record, self.processor)
-                length = bound(record, questions, tiles, min(len(questions), self.options.questions_per_image))
-                taking_part.append((index, tiles, length))
+                pairs += sum(bool(question.rejected) for question in questions)
+                lengths = bound(record, questions, tiles, min(len(questions), self.options.questions_per_image))
+                taking_part.append((index, tiles, *lengths))
         unknown = sorted(set(weights) - kinds)
         if unknown:
             raise InputError(f"kind_weights has {', '.join(unknown)}, but the kinds are {', '.join(sorted(kinds))}.")
-        self._indices, self._tiles, self._lengths = np.array(taking_part, int).reshape(-1, 3).T
+        if taking_part and rejected and not pairs:
+            raise InputError(
+                f"{self.records!r} has no rejected answer to any question that the options leave, and the objective"
+                " compares two answers. Take data with rejected answers, or the objective sft."
+            )
+        self._indices, self._tiles, *self._lengths = np.array(taking_part, int).reshape(-1, 5).T
 
     def _plan_epoch(self, epoch: int) -> np.ndarray:
         """[rows, images_per_row] positions in `_indices`. The few that fill no row sit this epoch out."""
@@ -135,15 +162,27 @@ class TrainingRows:
         return np.stack([part[:: 1 - 2 * (number % 2)] for number, part in enumerate(parts)], axis=1)
 
     def _bound_shape(self) -> RowShape:
+        options, (shared, apart, longest) = self.options, self._lengths
         sizes, place = np.unique(self._tiles, return_inverse=True)
-        # In a row's place for a record of a certain size any record up to that size may stand.
-        longest = np.array([self._lengths[self._tiles <= size].max() for size in sizes])[place]
         # Whichever sit out, the sizes of the others are at most those without the smallest ones.
-        left_out = len(self._tiles) % self.options.images_per_row
-        length, tiles = (
-            int(self._fold(np.sort(values)[left_out:]).sum(axis=1).max()) for values in (longest, self._tiles)
+        left_out = len(self._tiles) % options.images_per_row
+
+        def up_to_size(lengths):
+            # In a row's place for a record of a certain size any record up to that size may stand.
+            return np.array([lengths[self._tiles <= size].max() for size in sizes])[place]
+
+        def most(values):
+            return int(self._fold(np.sort(values)[left_out:]).sum(axis=1).max())
+
+        pairs = options.images_per_row * options.questions_per_image
+        bound = Bound(most(up_to_size(shared)), most(up_to_size(apart)), int(longest.max()))
+        return RowShape(
+            bound.shared,
+            most(self._tiles),
+            pairs if options.pair_ids else 0,
+            options.structure,
+            options.structure.unfolded(options.images_per_row, pairs * (1 + options.rejected), bound),
         )
-        return RowShape(length, tiles)
 
     def _draw(self, record: Record, rng: np.random.Generator) -> list[Question]:
         """Draws questions without replacement, by the weight of their kind."""
@@ -180,11 +219,18 @@ def train_iterator(
     """
     if not isinstance(options, RowOptions):
         options = RowOptions(**options)
-    rows = grain.MapDataset.source(TrainingRows(records, processor, options, seed)).batch(batch_size)
+    return row_iterator(TrainingRows(records, processor, options, seed), batch_size=batch_size, threads=threads)
+
+
+def row_iterator(rows: TrainingRows, *, batch_size: int, threads: int = 1) -> grain.DatasetIterator:
+    """The iterator of `train_iterator` over given rows."""
+    rows = grain.MapDataset.source(rows).batch(batch_size)
     return iter(rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def evaluation_batches(records: Sequence[Record], processor: Processor, *, batch_size: int) -> list[Batch]:
+def evaluation_batches(
+    records: Sequence[Record], processor: Processor, *, batch_size: int, structure: RowStructure = KNOWS_ALL
+) -> list[Batch]:
     """Every question of every record once, for scoring given answers: a row a record, its questions as branches.
 
     All batches have one shape; the last is filled up with padding rows (`segment_ids` 0, `row_ids` -1).
@@ -194,8 +240,10 @@ def evaluation_batches(records: Sequence[Record], processor: Processor, *, batch
     sizes = []
     for _, record, questions in asking:
         tiles = count_tiles(record, processor)
-        sizes.append((bound(record, questions, tiles, len(questions)), tiles))
-    shape = RowShape(*np.max(sizes, axis=0).tolist())
+        sizes.append((len(questions), tiles, *bound(record, questions, tiles, len(questions))))
+    questions, tiles, *lengths = np.max(sizes, axis=0).tolist()
+    unfolded = structure.unfolded(1, questions, Bound(*lengths))
+    shape = RowShape(lengths[0], tiles, structure=structure, unfolded=unfolded)
     batches = []
     for start in range(0, len(asking), batch_size):
         part = asking[start : start + batch_size]

@@ -14,6 +14,7 @@ from phantom_jax.models.cache import Cache
 from phantom_jax.models.decoder import Decoder, DecoderConfig, DecoderOutput
 from phantom_jax.models.partitioning import constrain
 from phantom_jax.models.projector import Projector, ProjectorConfig
+from phantom_jax.models.unfold import fold, unfold
 from phantom_jax.models.vision_tower import VisionTower, VisionTowerConfig
 from phantom_jax.ops.attention import Structure
 
@@ -116,7 +117,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
           batch: `token_ids`, `positions`, `segment_ids`; with images also `pixels` and `image_slots`; `branch_ids`
-            where there are branches.
+            where there are branches, and `unfolded` where attention shall not see them.
           rope_length: longest single conversation, static.
           cache: of the tokens before these, for decoding.
           features: [B, F, D], what `image_features` gave for the pixels, where it was called before.
@@ -135,6 +136,11 @@ class VisionLanguageModel(nn.Module):
             slots = batch["image_slots"][:, :, None]
             x_BLD = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x_BLD)
         structure = Structure(batch["positions"], batch["segment_ids"], branch_ids)
+        if "unfolded" in batch:
+            x, structure = unfold(x_BLD, structure, batch["unfolded"])
+            output = self.language_model(x, structure, rope_length=rope_length)
+            back = functools.partial(fold, index_BCU=batch["unfolded"], length=x_BLD.shape[1])
+            return DecoderOutput(back(output.hidden), None, jax.tree.map(jax.vmap(back), output.layer_inputs))
         return self.language_model(x_BLD, structure, rope_length=rope_length, cache=cache)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:

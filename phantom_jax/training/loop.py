@@ -2,7 +2,7 @@
 
 A workdir holds `config.json` (the resolved config), `metrics.jsonl`, `checkpoints/STEP/`, `models/PHASE/` (the model
 after each phase but the last) and `model/` (after the last). Phases with low-rank factors write adapters, see
-`exports`.
+`exports`. Where an objective's reference is stored, it also holds `reference/PHASE/`, see `reference`.
 """
 
 import contextlib
@@ -90,6 +90,10 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                 else:
                     state, params = phase.start(params, exports.keep_base(index)), None
                     progress.phase, progress.phase_step = index, 0
+
+                for line in task.remarks(index):
+                    say(line)
+                iterator = phase.with_references(iterator, state, progress, workdir / "reference", stop)
 
                 def save(state, data_state):
                     meta = {"progress": dataclasses.asdict(progress), "config": config}

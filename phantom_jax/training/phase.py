@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,12 @@ from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.division import divide, quantized_shapes
 from phantom_jax.training.optimizer import make_optimizer
 from phantom_jax.training.places import Places
+from phantom_jax.training.reference import (
+    ReferenceIterator,
+    compute_references,
+    load_references,
+    make_reference_step,
+)
 from phantom_jax.training.state import Params, TrainState, merge, split, start_phase
 from phantom_jax.training.step import make_train_step, make_validation_step
 from phantom_jax.training.task import DataIterator, Task
@@ -51,6 +58,7 @@ class Phase:
     def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, places: Places, say: Say):
         phase = config["phases"][index]
         self.name, self.steps = phase["name"], phase["steps"]
+        self._index, self._reads_stored = index, phase["objective"].get("reference") == "stored"
         self._config, self._task, self._say = config, task, say
         self.division = divide(config["phases"], list(flatten(shapes)))[index]
         lora, seeds = self.division.lora, np.random.SeedSequence([config["seed"], index, _LORA_STREAM])
@@ -139,6 +147,10 @@ class Phase:
         """
         params = merge(state.trainable, state.frozen)
         return params if self.division.adapts_quantized else self.division.lora.merge(params)
+
+    def trace_step(self, batch: Mapping[str, Any]) -> jax.stages.Traced:
+        """The step, traced for a batch of such shapes."""
+        return self._step.trace(self.abstract_state(), batch)
 
     def run(
         self,
@@ -239,6 +251,37 @@ class Phase:
             f" loss {means.get('validation/loss', 0.0):.4g} exact match {means.get('validation/exact_match', 0.0):.1%}"
             f" of {questions:.0f} questions in {metrics_lib.duration(time.perf_counter() - began)}"
         )
+
+    def with_references(
+        self, iterator: DataIterator, state: TrainState, progress: Progress, folder: Path, stop: threading.Event
+    ) -> DataIterator:
+        """The iterator with what the objective's reference model says, where that is stored.
+
+        It is computed before the first step, with the state that the phase begins with, and read ever after.
+
+        Args:
+          iterator: of the phase.
+          state: where the phase stands.
+          progress: of the run.
+          folder: of all phases' stored log-probabilities.
+          stop: ends the pass when it is set.
+        """
+        if not self._reads_stored or progress.phase_step == self.steps:
+            return iterator
+        pairs, folder = self._task.pairs(self._index), folder / self.name
+        if progress.phase_step == 0:
+            step = jax.jit(
+                self._places.traced(make_reference_step(self._task.score)), out_shardings=self._places.whole
+            )
+            refer = _Compiled(step, f"{self.name} reference", self._announce)
+
+            def score(batch):
+                with jax.transfer_guard("disallow"):
+                    return jax.device_get(refer(state.trainable, state.frozen, self._places.batch(batch)))
+
+            params = merge(state.trainable, state.frozen)
+            compute_references(folder, pairs, params, score, say=self._say, stop=stop)
+        return ReferenceIterator(iterator, load_references(folder, pairs))
 
 
 class _Compiled:

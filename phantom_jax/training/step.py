@@ -9,7 +9,7 @@ import optax
 
 from phantom_jax.batch import Batch
 from phantom_jax.lora import NO_LORA, Lora
-from phantom_jax.objectives import Objective, reciprocal, sum_answers, supervised_mask
+from phantom_jax.objectives import Objective, answer_log_probs, reciprocal, sum_answers, supervised_mask
 from phantom_jax.training.optimizer import Optimizer
 from phantom_jax.training.state import Params, TrainState, merge
 
@@ -51,7 +51,15 @@ def make_train_step(
       `skipped_in_a_row` (both counted up to this step).
     """
 
+    def with_reference(frozen, micro):
+        if objective.reference != "adapter_off":
+            return micro
+        # All that trains is the adapter, so the frozen parameters are the model without it, and no gradient arises.
+        log_probs = score(frozen, micro).log_probs
+        return {**micro, "reference_logps": jax.lax.stop_gradient(answer_log_probs(log_probs, micro))}
+
     def micro_loss(trainable, frozen, micro, weights, key):
+        micro = with_reference(frozen, micro)
         scores = score(lora.attach(merge(trainable, frozen), key), micro)
         totals = {name: term.total for name, term in objective.terms(scores.log_probs, micro).items()}
         correct = jnp.sum(scores.correct & supervised_mask(micro), dtype=jnp.float32)

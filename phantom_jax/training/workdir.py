@@ -34,7 +34,7 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
         return True
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"Workdir {workdir} is a file; set --workdir to a folder.")
-    for name in ("checkpoints", "metrics.jsonl", "models", "model"):
+    for name in ("checkpoints", "metrics.jsonl", "models", "model", "reference"):
         if (workdir / name).exists():
             raise InputError(
                 f"Workdir {workdir} holds {name} but no config.json, so whose it is cannot be told. Choose another one."

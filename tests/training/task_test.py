@@ -92,6 +92,23 @@ def test_a_phantom_trains_in_two_steps_and_resumes_to_the_bit(data_dir, tmp_path
     assert isinstance(answer, str)
 
 
+def test_dpo_begins_at_its_stored_reference_whatever_the_packing(data_dir, tmp_path):
+    config = config_for(data_dir)
+    config.phases[0].objective = {"name": "dpo", "beta": 0.1, "reference": "stored"}
+    config.phases[0].data.kind_weights = {"read": 1.0, "count": 0.0}
+    config.phases = config.phases[:1]
+    config.validation.every = 0
+    lines = []
+    train(config, tmp_path / "run", say=lines.append)
+    records = sources.open_records(NAME, "train", data_dir)
+    pairs = sum(bool(one.rejected) for record in records for one in record.questions if one.kind != "count")
+    assert any(line.startswith(f"reference log-probabilities of {pairs:,} pairs: ") for line in lines)
+    losses = [record["train/loss"] for record in records_of(tmp_path / "run")]
+    # The pass has one image a row, training two: log-probabilities agree, so nothing is preferred yet.
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert all(abs(loss - np.log(2)) > 1e-4 for loss in losses[1:])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -102,7 +119,10 @@ def test_a_phantom_trains_in_two_steps_and_resumes_to_the_bit(data_dir, tmp_path
         ({"model.attention_backend": "flash"}, "model.attention_backend is 'flash'; it must be one of xla, chunked"),
         ({"model.attention_backend": "cudnn"}, "'cudnn' runs on a GPU, and this is compiled for a CPU"),
         ({"data.name": "mnist"}, "no data set 'mnist'"),
-        ({"phases[0].objective": {"name": "dpo", "beta": 0.1}}, "needs log-probabilities under a reference"),
+        (
+            {"phases[0].objective": {"name": "dpo", "beta": 0.1, "reference": "adapter_off"}},
+            "lora.rank is 0, so there is none",
+        ),
         ({"phases[0].trainable": ("projectr/**",)}, "'projectr/\\*\\*' .* matches no parameter"),
     ],
 )
