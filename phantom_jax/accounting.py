@@ -10,12 +10,13 @@ token is expanded to.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax.linen import meta
 
+from phantom_jax.models.decoder import DecoderConfig
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
 from phantom_jax.trees import flatten
 
@@ -128,14 +129,13 @@ class Flops:
         return sum(dataclasses.astuple(self))
 
 
-def step_flops(config: VisionLanguageConfig, trainable: Mapping[str, Any], work: Work) -> Flops:
-    """FLOPs of loss, gradients and so a whole step of training.
+def step_flops(config: VisionLanguageConfig, trainable: Mapping[str, Any]) -> Callable[[Work], Flops]:
+    """A function that gives the FLOPs of loss and gradients, and so of a training step, from what is in its batch.
 
     Args:
       config: the model.
       trainable: the tree that gradients are taken of, or its shapes: a part of the model's, with adapters as
         `lora_a` and `lora_b` beside the kernels that they adapt. Empty for the forward pass alone.
-      work: of the batch, over all micro-batches and devices.
     """
     decoder, tower = config.language_model, config.vision_tower
     whole, trains, adapters = _matrices(parameter_shapes(config)), _matrices(trainable), _adapters(trainable)
@@ -160,22 +160,28 @@ def step_flops(config: VisionLanguageConfig, trainable: Mapping[str, Any], work:
         """FLOPs of a multiply-add of two activations, with what both of their gradients need."""
         return 6 if passes[group] else 2
 
-    patches, image_tokens = tower.grid**2 + 1, config.tokens_per_tile
-    attended = 2 * tower.embed_dim * tower.num_layers * patches**2
-    scored = 1 + (decoder.phantom is not None and decoder.phantom.query_key)
-    valued = 1 + (decoder.phantom is not None and decoder.phantom.value)
-    plain_pair = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim
-    wide_pair = (scored + valued) * plain_pair // 2
-    language_model = work.tokens * linear("language_model") + work.pairs * plain_pair * product("language_model")
-    phantom = work.tokens * _phantom_flops(config, passes["language_model"], "phantom" in present)
-    phantom += work.pairs * (wide_pair - plain_pair) * product("language_model")
-    return Flops(
-        vision_tower=work.tiles * (patches * linear("vision_tower") + attended * product("vision_tower")),
-        projector=work.tiles * image_tokens * linear("projector"),
-        language_model=language_model,
-        phantom=phantom,
-        head=work.targets * linear("head"),
-    )
+    patches = tower.grid**2 + 1
+    tower_pairs = 2 * tower.embed_dim * tower.num_layers * patches**2
+    tile = patches * linear("vision_tower") + tower_pairs * product("vision_tower")
+    projected = config.tokens_per_tile * linear("projector")
+    # Scores and values, one multiply-add for each channel of each head; the phantom dimension doubles what it expands.
+    channels = decoder.num_layers * decoder.num_heads * decoder.head_dim
+    phantom = decoder.phantom
+    doubled = 0 if phantom is None else phantom.query_key + phantom.value
+    pair, phantom_pair = (count * channels * product("language_model") for count in (2, doubled))
+    token, target = linear("language_model"), linear("head")
+    phantom_token = _phantom_flops(decoder, passes["language_model"], "phantom" in present)
+
+    def of(work: Work) -> Flops:
+        return Flops(
+            vision_tower=work.tiles * tile,
+            projector=work.tiles * projected,
+            language_model=work.tokens * token + work.pairs * pair,
+            phantom=work.tokens * phantom_token + work.pairs * phantom_pair,
+            head=work.targets * target,
+        )
+
+    return of
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -219,16 +225,14 @@ def _adapters(params: Mapping[str, Any]) -> dict[str, int]:
     return counts
 
 
-def _phantom_flops(config: VisionLanguageConfig, passes: bool, trains: bool) -> float:
+def _phantom_flops(decoder: DecoderConfig, passes: bool, trains: bool) -> int:
     """FLOPs of one token: the linear map and the attention over heads of each branch, and the gate."""
-    decoder = config.language_model
-    if decoder.phantom is None:
-        return 0.0
-    heads = [decoder.num_heads, decoder.num_kv_heads] if decoder.phantom.query_key else []
-    heads += [decoder.num_kv_heads] if decoder.phantom.value else []
-    linears = sum(heads) * decoder.head_dim**2
-    if decoder.phantom.value and decoder.phantom.gate == "learned":
-        linears += 2 * decoder.num_heads * decoder.head_dim
-    attended = sum(2 * count**2 * decoder.head_dim for count in heads)
-    each = (2 + 2 * passes + 2 * trains) * linears + (6 if passes else 2) * attended
-    return float(decoder.num_layers * each)
+    phantom, head_dim = decoder.phantom, decoder.head_dim
+    if phantom is None:
+        return 0
+    heads = phantom.query_key * [decoder.num_heads, decoder.num_kv_heads] + phantom.value * [decoder.num_kv_heads]
+    linears = sum(heads) * head_dim**2
+    if phantom.value and phantom.gate == "learned":
+        linears += 2 * decoder.num_heads * head_dim
+    attended = sum(2 * count**2 * head_dim for count in heads)
+    return decoder.num_layers * ((2 + 2 * passes + 2 * trains) * linears + (6 if passes else 2) * attended)
