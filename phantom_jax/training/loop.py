@@ -1,7 +1,7 @@
 """One run, from top to bottom: all phases of a config in one workdir, from wherever it stands.
 
 A workdir holds `config.json` (the resolved config), `metrics.jsonl`, `checkpoints/STEP/`, `models/PHASE/` (the model
-after each phase but the last) and `model/` (after the last).
+after each phase but the last) and `model/` (after the last); where asked for also `tensorboard/`, `wandb/`, `profile/`.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ from phantom_jax import config as configs
 from phantom_jax.checkpoints import manager as checkpoints
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.phase import Phase, Progress, Say
+from phantom_jax.training.profiler import Profiler
 from phantom_jax.training.state import Params, merge
 from phantom_jax.training.task import Task, assemble
 from phantom_jax.training.workdir import check_workdir, claim_workdir, sole_owner
+from phantom_jax.training.writers import check_writers, open_writers
 
 
 def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Say | None = None) -> Params:
@@ -47,6 +49,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
     config = configs.resolve(config)
     workdir = Path(workdir)
     known = check_workdir(workdir, config)
+    check_writers(config["writers"])
     task = task or assemble(config)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
     phases = [Phase(config, index, task, shapes, say) for index in range(len(config["phases"]))]
@@ -71,7 +74,13 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
             progress = Progress(**meta["progress"])
             say(f"going on after step {progress.step}/{total_steps}, from {manager.directory / str(latest)}")
         params = None
-        with contextlib.closing(metrics_lib.MetricsLog(workdir / "metrics.jsonl", last_step=progress.step)) as log:
+        writers = open_writers(config["writers"], workdir, config=config, last_step=progress.step)
+        with (
+            contextlib.closing(
+                metrics_lib.MetricsLog(workdir / "metrics.jsonl", last_step=progress.step, writers=writers)
+            ) as log,
+            contextlib.closing(Profiler(**config["profile"], folder=workdir / "profile", say=say)) as profiler,
+        ):
             for index, phase in list(enumerate(phases))[progress.phase :]:
                 iterator = iterators.pop(index) if iterators else task.train_iterator(index)
                 if params is None and latest is not None:
@@ -85,7 +94,16 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                     meta = {"progress": dataclasses.asdict(progress), "config": config}
                     checkpoints.save(manager, progress.step, state=state, data=data_state, meta=meta)
 
-                state = phase.run(state, iterator, progress, log=log, save=save, stop=stop, total_steps=total_steps)
+                state = phase.run(
+                    state,
+                    iterator,
+                    progress,
+                    log=log,
+                    save=save,
+                    stop=stop,
+                    profiler=profiler,
+                    total_steps=total_steps,
+                )
                 params = merge(state.trainable, state.frozen)
                 # The optimiser's state must be gone before the next phase makes its own.
                 del state

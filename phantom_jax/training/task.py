@@ -16,6 +16,7 @@ import numpy as np
 from phantom_jax.batch import Batch
 from phantom_jax.config import DEFAULTS
 from phantom_jax.errors import InputError
+from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.training.state import Params, cast
 from phantom_jax.training.step import Score
 
@@ -40,6 +41,7 @@ class Task:
       train_iterator: makes the data iterator of a phase, by the phase's index, at its beginning.
       validation_batches: all batches of a validation, of one shape; called for each validation.
       export: writes parameters as a model into a new folder that appears complete or not at all; None for no export.
+      model: sizes of what is trained, to count its FLOPs; None counts none.
     """
 
     init_params: Callable[[jax.Array], Params]
@@ -47,6 +49,7 @@ class Task:
     train_iterator: Callable[[int], DataIterator]
     validation_batches: Callable[[], Iterable[Batch]]
     export: Callable[[Params, Path], None] | None = None
+    model: VisionLanguageConfig | None = None
 
 
 def assemble(config: Mapping[str, Any]) -> Task:
@@ -118,7 +121,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens, Origin(data=(name,)))
         model_folder.write(checkpoint, processor, folder)
 
-    return Task(init_params, score, train_iterator, validation_batches, export)
+    return Task(init_params, score, train_iterator, validation_batches, export, model_config)
 
 
 def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
