@@ -73,8 +73,10 @@ def _define_train(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def _train(values: flags.FlagValues) -> None:
+    from phantom_jax.compiled import keep_compiled_programs
     from phantom_jax.training.loop import train
 
+    keep_compiled_programs()
     train(values.config, values.workdir)
 
 

@@ -144,3 +144,11 @@ def test_the_module_runs_as_a_program(repository):
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no verb 'nonsense'") and "Traceback" not in done.stderr
+
+
+def test_training_keeps_what_it_compiles_before_anything_is_compiled(config_path, trained, monkeypatch):
+    from phantom_jax import compiled
+
+    monkeypatch.setattr(compiled, "keep_compiled_programs", lambda: trained.append("kept"))
+    assert cli.main(["train", f"--config={config_path}", "--workdir=w"]) == 0
+    assert trained[0] == "kept" and trained[1][1] == "w"

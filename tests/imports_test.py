@@ -58,7 +58,7 @@ def test_remote_code_is_never_trusted(repository):
 FLOORS = {
     0: ("axes", "batch", "config", "errors", "json_files", "layouts", "patterns", "sizes", "trees", "version"),
     1: ("ops",),
-    2: ("lora", "models", "objectives"),
+    2: ("accounting", "lora", "models", "objectives"),
     3: ("data", "checkpoints", "processor", "sharding"),
     4: ("generation",),
     5: ("pretrained", "training"),

@@ -89,7 +89,7 @@ def test_llava_in_full(data_dir, tmp_path):
 
 
 def test_a_phase_has_its_own_template_and_image_mode(data_dir):
-    from phantom_jax.training.task import assemble
+    from phantom_jax.training.assembly import assemble
 
     config = smoke(llava, "7b", "recipe=v1_5", data_dir)
     rows = []

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from phantom_jax.batch import Batch
+from phantom_jax.sharding.mesh import make_mesh
 from phantom_jax.training.phase import Phase
+from phantom_jax.training.places import Places
 from phantom_jax.training.state import TrainState
 from phantom_jax.training.task import check_tile_size, make_model_config, model_task, resolve_image_mode
 
@@ -25,23 +27,27 @@ class AbstractPhase:
       state: before the first step.
       batch: the rows of a step, see `abstract_batch`.
       phase: the trainer's own.
+      mesh: that the step is split over.
     """
 
     state: TrainState
     batch: Batch
     phase: Phase
+    mesh: jax.sharding.Mesh
 
     def trace(self) -> jax.stages.Traced:
         """The step `(state, batch) -> (state, metrics)`: `out_info` has the shapes it gives, `lower()` the program."""
-        return self.phase.trace_step(self.batch)
+        with jax.set_mesh(self.mesh):
+            return self.phase.trace_step(self.batch)
 
 
-def abstract_phase(config: Mapping[str, Any], index: int) -> AbstractPhase:
+def abstract_phase(config: Mapping[str, Any], index: int, mesh: jax.sharding.Mesh | None = None) -> AbstractPhase:
     """A phase of a config.
 
     Args:
       config: a resolved config, see `phantom_jax.config.resolve`. Its `model.weights` and `data` are not read.
       index: of the phase.
+      mesh: that the step is split over; None is one device, whatever the config says.
 
     Raises:
       InputError: the model does not exist, a pattern matches nothing, or tiles do not fit the tower.
@@ -50,8 +56,11 @@ def abstract_phase(config: Mapping[str, Any], index: int) -> AbstractPhase:
     check_tile_size(config["processor"], model)
     task = model_task(config, model)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
-    phase = Phase(config, index, task, shapes, say=lambda line: None)
-    return AbstractPhase(phase.abstract_state(), abstract_batch(config, index, model), phase)
+    mesh = mesh or make_mesh({})
+    places = Places(mesh, config["mesh"]["strategy"], task.parameter_names)
+    places.check(shapes)
+    phase = Phase(config, index, task, shapes, places, say=lambda line: None)
+    return AbstractPhase(phase.abstract_state(), abstract_batch(config, index, model), phase, mesh)
 
 
 def abstract_batch(config: Mapping[str, Any], index: int, model: Any) -> Batch:

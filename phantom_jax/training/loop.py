@@ -2,7 +2,8 @@
 
 A workdir holds `config.json` (the resolved config), `metrics.jsonl`, `checkpoints/STEP/`, `models/PHASE/` (the model
 after each phase but the last) and `model/` (after the last). Phases with low-rank factors write adapters, see
-`exports`. Where an objective's reference is stored, it also holds `reference/PHASE/`, see `reference`.
+`exports`. Where asked for it also holds `reference/PHASE/` (an objective's stored reference, see `reference`),
+`tensorboard/`, `wandb/` and `profile/`.
 """
 
 import contextlib
@@ -19,12 +20,15 @@ from phantom_jax import config as configs
 from phantom_jax.checkpoints import manager as checkpoints
 from phantom_jax.sharding.mesh import training_mesh
 from phantom_jax.training import metrics as metrics_lib
+from phantom_jax.training.assembly import assemble
 from phantom_jax.training.exports import Exports
 from phantom_jax.training.phase import Phase, Progress, Say
 from phantom_jax.training.places import Places, check_mesh
+from phantom_jax.training.profiler import Profiler
 from phantom_jax.training.state import Params
-from phantom_jax.training.task import Task, assemble
+from phantom_jax.training.task import Task
 from phantom_jax.training.workdir import check_workdir, claim_workdir, sole_owner
+from phantom_jax.training.writers import check_writers, open_writers
 
 
 def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Say | None = None) -> Params:
@@ -53,6 +57,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
     known = check_workdir(workdir, config)
     mesh = training_mesh(config["mesh"], say)
     check_mesh(config, mesh)
+    check_writers(config["writers"])
     task = task or assemble(config)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
     places = Places(mesh, config["mesh"]["strategy"], task.parameter_names)
@@ -81,7 +86,13 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
             progress = Progress(**meta["progress"])
             say(f"going on after step {progress.step}/{total_steps}, from {manager.directory / str(latest)}")
         params = None
-        with contextlib.closing(metrics_lib.MetricsLog(workdir / "metrics.jsonl", last_step=progress.step)) as log:
+        writers = open_writers(config["writers"], workdir, config=config, last_step=progress.step)
+        with (
+            contextlib.closing(
+                metrics_lib.MetricsLog(workdir / "metrics.jsonl", last_step=progress.step, writers=writers)
+            ) as log,
+            contextlib.closing(Profiler(**config["profile"], folder=workdir / "profile", say=say)) as profiler,
+        ):
             for index, phase in list(enumerate(phases))[progress.phase :]:
                 iterator = iterators.pop(index) if iterators else task.train_iterator(index)
                 if params is None and latest is not None:
@@ -99,7 +110,16 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                     meta = {"progress": dataclasses.asdict(progress), "config": config}
                     checkpoints.save(manager, progress.step, state=state, data=data_state, meta=meta)
 
-                state = phase.run(state, iterator, progress, log=log, save=save, stop=stop, total_steps=total_steps)
+                state = phase.run(
+                    state,
+                    iterator,
+                    progress,
+                    log=log,
+                    save=save,
+                    stop=stop,
+                    profiler=profiler,
+                    total_steps=total_steps,
+                )
                 exports.write(index, state)
                 params = phase.result(state)
                 # The optimiser's state must be gone before the next phase makes its own.

@@ -3,13 +3,17 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from phantom_jax.batch import Batch
+from phantom_jax import accounting
+from phantom_jax.batch import IGNORE, Batch
+from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.training.writers import Writer
 
 
 class MetricsLog:
@@ -22,21 +26,26 @@ class MetricsLog:
       path: the file.
       last_step: records of later steps are dropped first, since those steps will be done again: the file stays the
         record of one uninterrupted run. So is a last line that a kill cut off.
+      writers: where every record goes too.
     """
 
-    def __init__(self, path: str | Path, *, last_step: int):
-        self._path = Path(path)
+    def __init__(self, path: str | Path, *, last_step: int, writers: Collection[Writer] = ()):
+        self._path, self._writers = Path(path), writers
         self._drop_after(last_step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        for writer in self._writers:
+            writer.write(record)
 
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        for writer in self._writers:
+            writer.close()
 
     def _drop_after(self, last_step: int) -> None:
         if not self._path.exists():
@@ -65,6 +74,34 @@ def count_images(batch: Batch) -> int:
     return int(sum(np.count_nonzero(np.unique(row)) for row in segment_ids))
 
 
+def count_work(batch: Batch, model: VisionLanguageConfig) -> accounting.Work:
+    """What there is to compute in a batch. Tiles count by the image tokens that stand in rows, padded ones never."""
+    real = np.asarray(batch["segment_ids"]) > 0
+    return accounting.Work(
+        tokens=np.count_nonzero(real),
+        # A branch goes on from its prefix, so a token's position says how many it sees, also there.
+        pairs=np.sum(np.where(real, np.asarray(batch["positions"], np.int64) + 1, 0)),
+        targets=np.count_nonzero(np.asarray(batch["targets"]) != IGNORE),
+        tiles=np.count_nonzero(np.asarray(batch["image_slots"]) >= 0) / model.tokens_per_tile,
+    )
+
+
+def device_memory(devices: Collection[jax.Device]) -> int | None:
+    """The most bytes that were in use on any of the devices of this process; None where they do not say, as CPUs."""
+    stats = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
+    return max(peaks, default=None)
+
+
+def compiled_memory(program: Any) -> str:
+    """`, 1.2 GiB of arguments and 3.4 GiB in between on each device`, as the compiler plans it; empty without plan."""
+    plan = program.memory_analysis()
+    if plan is None:
+        return ""
+    arguments, between = plan.argument_size_in_bytes, plan.temp_size_in_bytes
+    return f", {gibibytes(arguments)} of arguments and {gibibytes(between)} in between on each device"
+
+
 class Meter:
     """How fast training goes, over steps bracketed by `step_begins`, `data_arrived` and `step_ends`.
 
@@ -78,11 +115,16 @@ class Meter:
         self._seconds_per_step = None
         self._began = self._arrived = 0.0
         self._paused = False
+        self._devices: Collection[jax.Device] = ()
         self._reset()
 
     def _reset(self) -> None:
         self._tokens = self._images = 0
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._flops = self._tower_flops = 0.0
+
+    def runs_on(self, devices: Collection[jax.Device]) -> None:
+        """Whose peak and memory the readings are about."""
+        self._devices = devices
 
     def step_begins(self) -> None:
         self._began = time.perf_counter()
@@ -94,12 +136,15 @@ class Meter:
     def pause(self) -> None:
         self._paused = True
 
-    def step_ends(self, tokens: int, images: int) -> None:
+    def step_ends(self, tokens: int, images: int, flops: accounting.Flops | None) -> None:
         if self._paused:
             return
         seconds = time.perf_counter() - self._began
         self._tokens += tokens
         self._images += images
+        if flops is not None:
+            self._flops += flops.total
+            self._tower_flops += flops.vision_tower
         self._seconds += seconds
         self._waited += self._arrived - self._began
         if self._seconds_per_step is None:
@@ -107,7 +152,13 @@ class Meter:
         self._seconds_per_step += (1 - self._KEEP) * (seconds - self._seconds_per_step)
 
     def read(self) -> dict[str, float]:
-        """Since the last reading: tokens and images a second, share of time waiting for data. Empty without a step."""
+        """Since the last reading. Empty without a step.
+
+        `tokens_per_second`, `images_per_second`; `data_wait`, the share of the time that went into waiting for data;
+        `flops_per_second` and `tower_share`, the share of those that is the vision tower's, where FLOPs are counted;
+        `mfu` where the peak of the devices is known too; `device_memory_bytes`, the most on any device so far, where
+        they say it.
+        """
         rates = {}
         if self._seconds > 0:
             rates = {
@@ -115,6 +166,14 @@ class Meter:
                 "images_per_second": self._images / self._seconds,
                 "data_wait": self._waited / self._seconds,
             }
+            if self._flops:
+                rates["flops_per_second"] = self._flops / self._seconds
+                rates["tower_share"] = self._tower_flops / self._flops
+                kind = next(iter(self._devices)).device_kind
+                share = accounting.mfu(self._flops, self._seconds, len(self._devices), kind)
+                rates |= {} if share is None else {"mfu": share}
+            peak = device_memory(self._devices)
+            rates |= {} if peak is None else {"device_memory_bytes": peak}
         self._reset()
         return rates
 
@@ -124,7 +183,9 @@ class Meter:
 
 
 def step_line(*, step: int, steps: int, phase: str, metrics: Mapping[str, float], eta: float | None) -> str:
-    """`step 120/770 pretrain loss 1.234 gnorm 0.81 lr 1.5e-03 | 5.1k tok/s 80 img/s data 1% | eta 3m12s`.
+    """`step 9/77 sft loss 1.234 gnorm 0.81 lr 1.5e-05 | 5.1k tok/s 3 img/s data 1% | mfu 41% mem 61.2 GiB | eta 3m12s`.
+
+    What a run does not know is left out.
 
     Args:
       step: of the phase, from 1.
@@ -144,6 +205,12 @@ def step_line(*, step: int, steps: int, phase: str, metrics: Mapping[str, float]
     if "train/tokens_per_second" in metrics:
         tokens, images = (thousands(metrics[f"train/{what}_per_second"]) for what in ("tokens", "images"))
         parts.append(f"{tokens} tok/s {images} img/s data {metrics['train/data_wait']:.0%}")
+    chip = []
+    if "train/mfu" in metrics:
+        chip.append(f"mfu {metrics['train/mfu']:.0%}")
+    if "train/device_memory_bytes" in metrics:
+        chip.append(f"mem {gibibytes(metrics['train/device_memory_bytes'])}")
+    parts += [" ".join(chip)] if chip else []
     if eta is not None:
         parts.append(f"eta {duration(eta)}")
     return " | ".join(parts)
@@ -155,6 +222,14 @@ def thousands(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f}{unit}"
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def gibibytes(count: float) -> str:
+    """65712345678 -> `61.2 GiB`, 3000000 -> `2.9 MiB`."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 2**10:.0f} KiB"
 
 
 def duration(seconds: float) -> str:

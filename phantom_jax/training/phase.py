@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from phantom_jax import accounting
 from phantom_jax.errors import Diverged, Preempted
 from phantom_jax.objectives import OBJECTIVES
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.division import divide, quantized_shapes
 from phantom_jax.training.optimizer import make_optimizer
 from phantom_jax.training.places import Places
+from phantom_jax.training.profiler import Profiler
 from phantom_jax.training.reference import (
     ReferenceIterator,
     compute_references,
@@ -94,6 +96,10 @@ class Phase:
             lora=lora,
             seed=dropout_seed,
         )
+        self._count_flops = lambda batch: None
+        if task.model is not None:
+            flops = accounting.step_flops(task.model, jax.eval_shape(start, shapes).trainable)
+            self._count_flops = lambda batch: flops(metrics_lib.count_work(batch, task.model))
         self._meter = metrics_lib.Meter()
         step = jax.jit(places.traced(step), donate_argnums=0, out_shardings=(self._shardings, places.whole))
         self._step = _Compiled(step, f"{self.name} step", self._announce)
@@ -161,18 +167,23 @@ class Phase:
         log: metrics_lib.MetricsLog,
         save: Callable[[TrainState, Any], None],
         stop: threading.Event,
+        profiler: Profiler,
         total_steps: int,
     ) -> TrainState:
         """Does what is left of the phase, counting in `progress`."""
         meter, pending = self._meter, None
+        meter.runs_on(jax.tree.leaves(state)[0].sharding.device_set)
         while progress.phase_step < self.steps:
             meter.step_begins()
+            if profiler.step_begins(progress.step + 1, state.step):
+                meter.pause()
             # Arrays cross between host and device where it says device_put or device_get, and nowhere else.
             with jax.transfer_guard("disallow"):
                 batch = next(iterator)
                 meter.data_arrived()
                 state, metrics = self._step(state, self._places.batch(batch))
                 tokens, images = metrics_lib.count_tokens(batch), metrics_lib.count_images(batch)
+                flops = self._count_flops(batch)
                 progress.phase_step += 1
                 progress.step += 1
                 progress.tokens += tokens
@@ -180,6 +191,7 @@ class Phase:
                 # The metrics of the step before: fetching them does not wait for the step just dispatched.
                 self._record(pending, log)
             pending = (dataclasses.replace(progress), total_steps, metrics)
+            profiler.step_ends(progress.step, metrics)
 
             ends = progress.phase_step == self.steps
             stopped = stop.is_set()
@@ -188,7 +200,7 @@ class Phase:
             if validates or saves:
                 # Nothing else waits for this step, and its time is its own.
                 jax.block_until_ready(metrics)
-            meter.step_ends(tokens, images)
+            meter.step_ends(tokens, images, flops)
             if validates or saves:
                 self._record(pending, log)
                 pending = None
@@ -270,9 +282,7 @@ class Phase:
             return iterator
         pairs, folder = self._task.pairs(self._index), folder / self.name
         if progress.phase_step == 0:
-            step = jax.jit(
-                self._places.traced(make_reference_step(self._task.score)), out_shardings=self._places.whole
-            )
+            step = jax.jit(self._places.traced(make_reference_step(self._task.score)), out_shardings=self._places.whole)
             refer = _Compiled(step, f"{self.name} reference", self._announce)
 
             def score(batch):
@@ -304,5 +314,7 @@ class _Compiled:
             self._announce(f"compiling the {self._what} ...")
             began = time.perf_counter()
             self._programs[shapes] = self._jitted.lower(*args).compile()
-            self._announce(f"compiled the {self._what} in {time.perf_counter() - began:.1f}s")
+            seconds = time.perf_counter() - began
+            memory = metrics_lib.compiled_memory(self._programs[shapes])
+            self._announce(f"compiled the {self._what} in {seconds:.1f}s{memory}")
         return self._programs[shapes](*args)

@@ -1,28 +1,24 @@
-"""What the loop trains: the model, the data and how to export, put together from a config.
+"""What the loop trains, and the part of it that a config's model makes: no data, no weights, no files.
 
 The loop itself knows none of them. It takes a `Task`, so that a test or a study can train anything that scores tokens.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from phantom_jax.batch import Batch
 from phantom_jax.config import DEFAULTS
 from phantom_jax.errors import InputError
 from phantom_jax.lora import Lora
+from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.processor import IMAGENET_MEAN, IMAGENET_STD
 from phantom_jax.training.state import Params
 from phantom_jax.training.step import Score
-from phantom_jax.trees import flatten, unflatten
-
-_NOT_OF_ROWS = ("sources", "split", "threads", "template", "image_mode")
-"""Keys of `phases[].data` that `pipeline.RowOptions` does not hold."""
 
 
 class DataIterator(Iterator[Batch], Protocol):
@@ -54,6 +50,10 @@ class Task:
         the sharding of the array at a path; see `sharding.parameters.place_parameters`.
       parameter_names: logical axis names of the parameters by path, see `models.partitioning`; those that are not there
         are not split over devices.
+      model: sizes of what is trained, to count its FLOPs; None counts none.
+      pairs: every pair of answers that a phase may compare once, by the phase's index, for an objective whose reference
+        is stored; see `phantom_jax.training.reference.Pairs`.
+      remarks: lines to print at the beginning of a phase, by its index.
     """
 
     init_params: Callable[[jax.Array], Params]
@@ -64,11 +64,14 @@ class Task:
     export_adapter: Callable[[Params, Lora, str, Path], None] | None = None
     load_params: Callable[..., Params] | None = None
     parameter_names: Mapping[str, Sequence[str | None]] = dataclasses.field(default_factory=dict)
+    model: VisionLanguageConfig | None = None
+    pairs: Callable[[int], Any] | None = None
+    remarks: Callable[[int], Iterable[str]] = lambda index: ()
 
 
 def model_task(
     config: Mapping[str, Any],
-    model_config: Any,
+    model_config: VisionLanguageConfig,
     *,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
@@ -84,8 +87,11 @@ def model_task(
 
     from phantom_jax.models.vlm import VisionLanguageModel
     from phantom_jax.ops.image import normalize_pixels
+    from phantom_jax.sharding.rules import parameter_names
 
-    model = VisionLanguageModel(model_config, jnp.dtype(config["model"]["dtype"]), config["model"]["attention_backend"])
+    settings = config["model"]
+    dtype = jnp.dtype(settings["dtype"])
+    model = VisionLanguageModel(model_config, dtype, settings["attention_backend"], remat=settings["remat"])
     rope_length = config["processor"]["max_length"]
 
     def prepared(batch):
@@ -98,156 +104,19 @@ def model_task(
         batch = prepared(_smallest_batch(model_config.vision_tower.image_size))
         return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
 
-    return Task(init_params, score)
+    return Task(init_params, score, parameter_names=parameter_names(model), model=model_config)
 
 
-def assemble(config: Mapping[str, Any]) -> Task:
-    """Builds the model and the data pipeline that a resolved config names.
+def make_model_config(settings: Mapping[str, Any], tokens: int | None = None) -> VisionLanguageConfig:
+    """The model that a config's section `model` describes.
+
+    Args:
+      settings: the section.
+      tokens: how many tokens the tokenizer has; None leaves the vocabulary as the model has it.
 
     Raises:
-      InputError: if a name or a model override does not exist, or the data are not there.
+      InputError: a name or an override does not exist, or the vocabulary is too small.
     """
-    from flax.linen import meta
-
-    from phantom_jax.checkpoints import adapter_folder, model_folder
-    from phantom_jax.checkpoints.hf import Checkpoint, Origin
-    from phantom_jax.checkpoints.hf_config import TokenIds, publish
-    from phantom_jax.checkpoints.special_tokens import with_tokens
-    from phantom_jax.data import pipeline, sources
-    from phantom_jax.models.vlm import VisionLanguageModel
-    from phantom_jax.ops.backends import check_backend
-    from phantom_jax.ops.image import normalize_pixels
-    from phantom_jax.sharding.rules import parameter_names
-    from phantom_jax.training.adapters import adapter_of
-    from phantom_jax.training.beginning import open_weights
-
-    _refuse_without_reference(config["phases"])
-    name, data_dir = config["data"]["name"], config["data"]["data_dir"]
-    begins = open_weights(config["model"], config["processor"]["template"]) if config["model"]["weights"] else None
-    if begins is not None and begins.processor is not None:
-        tokenizer = begins.processor.tokenizer
-    else:
-        tokenizer = sources.open_tokenizer(name, data_dir)
-    tokens = tokenizer.get_vocab_size(with_added_tokens=True)
-    model_config = _model_config(config["model"], tokens) if begins is None else begins.checkpoint.config
-    if begins is not None and begins.processor is None and model_config.language_model.vocab_size < tokens:
-        raise InputError(
-            f"model.weights is {begins.folder!r}, which has no tokenizer and {model_config.language_model.vocab_size}"
-            f" tokens, and the tokenizer of data.name has {tokens}. Put the model's own tokenizer into the folder."
-        )
-    processor = _processor(config["processor"], tokenizer, model_config, None if begins is None else begins.processor)
-    settings = config["model"]
-    backend, dtype = settings["attention_backend"], jnp.dtype(settings["dtype"])
-    check_backend(backend, dtype)
-    _refuse_packing(config["phases"], backend)
-    model = VisionLanguageModel(model_config, dtype, backend, remat=settings["remat"])
-    rope_length = processor.max_length
-
-    def prepared(batch):
-        return {**batch, "pixels": normalize_pixels(batch["pixels"], processor.mean, processor.std)}
-
-    def score(params, batch):
-        return model.apply({"params": params}, prepared(batch), rope_length=rope_length, method="score")
-
-    def init_params(key):
-        batch = prepared(_smallest_batch(processor.tile_size))
-        return meta.unbox(model.init(key, batch, rope_length=rope_length, method="score")["params"])
-
-    @functools.cache
-    def open_split(split):
-        return sources.open_records(name, split, data_dir)
-
-    def train_iterator(index):
-        phase = config["phases"][index]
-        options = {key: value for key, value in phase["data"].items() if key not in _NOT_OF_ROWS}
-        return pipeline.train_iterator(
-            open_split(phase["data"]["split"]),
-            processors[index],
-            # Only a preference reads wrong answers; leaving them out saves their tokens.
-            {**options, "max_digits": options["max_digits"] or None, "rejected": phase["objective"]["name"] != "sft"},
-            batch_size=phase["batch_size"],
-            # Not a sum: the phases of one seed would be shifted phases of the next.
-            seed=int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0]),
-            threads=phase["data"]["threads"],
-        )
-
-    @functools.cache
-    def validation_batches():
-        settings = config["validation"]
-        records = open_split(settings["split"])
-        chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
-        return pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"])
-
-    if config["validation"]["every"]:
-        # A split that does not exist shall come up now.
-        open_split(config["validation"]["split"])
-
-    special = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
-    published, unused, origin = publish(model_config), {}, Origin(data=(name,))
-    if begins is not None:
-        _, published, special = begins.checkpoint.description
-        unused = begins.checkpoint.unused
-        origin = dataclasses.replace(begins.checkpoint.origin, data=(*begins.checkpoint.origin.data, name))
-
-    def export(params, folder):
-        # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
-        params, kept = (_stored(tree, config["model"]["dtype"]) for tree in (params, unused))
-        model_folder.write(Checkpoint(model_config, params, kept, published, special, origin), processor, folder)
-
-    def export_adapter(trainable, lora, base, folder):
-        template = config["processor"]["template"]
-        model = model_config, published, special
-        adapter = adapter_of(trainable, lora, model=model, base=base, template=template)
-        with model_folder.appearing(folder) as scratch:
-            adapter_folder.write(adapter, scratch, format="ours")
-
-    return Task(
-        init_params,
-        score,
-        train_iterator,
-        validation_batches,
-        export,
-        export_adapter,
-        None if begins is None else begins.load_params,
-        parameter_names(model),
-    )
-
-
-def _stored(tree: Params, dtype: Any) -> dict[str, Any]:
-    """Arrays in one dtype, each read from where it is when it is asked for."""
-    from phantom_jax.checkpoints.arrays import cast
-    from phantom_jax.sharding.placement import on_host
-
-    return unflatten(
-        {
-            path: cast(on_host(leaf) if isinstance(leaf, jax.Array) else leaf, np.dtype(dtype))
-            for path, leaf in flatten(tree).items()
-        }
-    )
-
-
-def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
-    for index, phase in enumerate(phases):
-        if phase["objective"]["name"] == "dpo":
-            raise InputError(
-                f"phases[{index}].objective.name is 'dpo', which needs log-probabilities under a reference model beside"
-                " the rows, and no data set brings them; take phantom_optimization, simpo or orpo, which need none."
-            )
-
-
-def _refuse_packing(phases: Sequence[Mapping[str, Any]], backend: str) -> None:
-    from phantom_jax.ops.backends import SUPPORTS
-
-    for index, phase in enumerate(phases):
-        images = phase["data"]["images_per_row"]
-        if images > 1 and not SUPPORTS[backend].segments:
-            raise InputError(
-                f"phases[{index}].data.images_per_row is {images}, and attention backend {backend!r} cannot"
-                " keep several conversations of a row apart; set it to 1, or model.attention_backend to 'chunked'."
-            )
-
-
-def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
     from phantom_jax.models import zoo
 
     overrides = {key: value for key, value in settings.items() if key not in DEFAULTS["model"]}
@@ -262,34 +131,16 @@ def _model_config(settings: Mapping[str, Any], tokens: int) -> Any:
     return config
 
 
-def _processor(settings: Mapping[str, Any], tokenizer: Any, model: Any, given: Any = None) -> Any:
-    """The run's processor: that of the model's folder, where there is one, with the sizes of the config."""
-    from phantom_jax.data.conversation import TEMPLATES
-    from phantom_jax.processor import Processor
-
-    if settings["template"] not in TEMPLATES:
-        raise InputError(f"processor.template is {settings['template']!r}; it must be one of {', '.join(TEMPLATES)}.")
+def check_tile_size(settings: Mapping[str, Any], model: VisionLanguageConfig) -> None:
+    """Raises an `InputError` where tiles of the section `processor` are of another size than the tower takes."""
     if settings["tile_size"] != model.vision_tower.image_size:
         raise InputError(
             f"processor.tile_size is {settings['tile_size']}, but the vision tower takes"
             f" {model.vision_tower.image_size} pixels; set processor.tile_size or model.image_size to the other."
         )
-    if given is not None:
-        return dataclasses.replace(given, max_tiles=settings["max_tiles"], max_length=settings["max_length"])
-    return Processor(
-        tokenizer,
-        template,
-        settings["tile_size"],
-        settings["max_tiles"],
-        model.tokens_per_tile,
-        settings["max_length"],
-        mean=IMAGENET_MEAN if phantom else CLIP_MEAN,
-        std=IMAGENET_STD if phantom else CLIP_STD,
-        image_mode=resolve_image_mode(image_mode, model),
-    )
 
 
-def resolve_image_mode(mode: str, model: Any) -> str:
+def resolve_image_mode(mode: str, model: VisionLanguageConfig) -> str:
     """A phase's `data.image_mode`, `model` being what the model is used with: tiles for a Phantom, one for a LLaVA."""
     if mode != "model":
         return mode

@@ -1,9 +1,13 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from phantom_jax import accounting
+from phantom_jax.batch import IGNORE
 from phantom_jax.training import metrics
+from tests.models import small
 
 
 def test_counts_leave_padding_out():
@@ -35,6 +39,9 @@ def test_step_line():
     record = {f"train/{name}": value for name, value in (values | rates).items()}
     line = metrics.step_line(step=120, steps=770, phase="pretrain", metrics=record, eta=192)
     assert line == ("step 120/770 pretrain loss 1.234 gnorm 0.8 lr 1.5e-03 | 5.1k tok/s 80 img/s data 1% | eta 3m12s")
+    chip = {"train/mfu": 0.414, "train/device_memory_bytes": 61.2 * 2**30}
+    line = metrics.step_line(step=120, steps=770, phase="pretrain", metrics=record | chip, eta=192)
+    assert line.endswith(" | 5.1k tok/s 80 img/s data 1% | mfu 41% mem 61.2 GiB | eta 3m12s")
     record = {f"train/{name}": value for name, value in values.items()} | {"train/rewards/accuracies": 0.75}
     line = metrics.step_line(step=1, steps=2, phase="a", metrics=record | {"train/skipped": 3.0}, eta=None)
     assert line == "step 1/2 a loss 1.234 gnorm 0.8 lr 1.5e-03 preferred 75% skipped 3"
@@ -47,14 +54,68 @@ def test_meter_leaves_paused_steps_out(monkeypatch):
     meter.step_begins()
     meter.data_arrived()
     meter.pause()
-    meter.step_ends(100, 10)
+    meter.step_ends(100, 10, None)
     assert meter.read() == {} and meter.remaining_seconds(5) is None
     next(clock)
     meter.step_begins()
     meter.data_arrived()
-    meter.step_ends(100, 10)
+    meter.step_ends(100, 10, None)
     assert meter.read() == {"tokens_per_second": 50.0, "images_per_second": 5.0, "data_wait": 0.25}
     assert meter.remaining_seconds(5) == 10.0
+
+
+class Chip:
+    """Stands for a device that says what it is and how full it was."""
+
+    device_kind, process_index = "NVIDIA H100 80GB HBM3", 0
+
+    def __init__(self, peak):
+        self.peak = peak
+
+    def memory_stats(self):
+        return {"peak_bytes_in_use": self.peak}
+
+
+def test_meter_reads_the_share_of_the_peak_and_the_fullest_device(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    meter = metrics.Meter()
+    meter.runs_on([Chip(5), Chip(7)])
+    meter.step_begins()
+    meter.data_arrived()
+    flops = accounting.Flops(vision_tower=989e12, projector=0.0, language_model=989e12, phantom=0.0, head=0.0)
+    meter.step_ends(100, 10, flops)
+    rates = meter.read()
+    assert rates["mfu"] == pytest.approx(0.5) and rates["flops_per_second"] == 989e12
+    assert rates["tower_share"] == 0.5 and rates["device_memory_bytes"] == 7
+
+
+def test_devices_that_do_not_say_give_neither():
+    meter = metrics.Meter()
+    meter.runs_on(jax.devices()[:1])
+    meter.step_begins()
+    meter.data_arrived()
+    meter.step_ends(1, 1, accounting.Flops(1.0, 1.0, 1.0, 1.0, 1.0))
+    assert meter.read().keys() == {
+        "tokens_per_second", "images_per_second", "data_wait", "flops_per_second", "tower_share"
+    }  # fmt: skip
+
+
+def test_work_of_a_batch():
+    batch = {
+        # A prefix of three tokens, two of an image, with two branches; a conversation of two tokens; padding.
+        "segment_ids": np.array([[1, 1, 1, 1, 1, 1, 2, 2, 0]]),
+        "positions": np.array([[0, 1, 2, 3, 4, 3, 0, 1, 0]]),
+        "targets": np.array([[IGNORE, IGNORE, IGNORE, 5, 6, 7, IGNORE, 8, IGNORE]]),
+        "image_slots": np.array([[0, 1, 2, 3, -1, -1, -1, -1, -1]]),
+    }
+    assert small.CONFIG.tokens_per_tile == 4
+    assert metrics.count_work(batch, small.CONFIG) == accounting.Work(tokens=8, pairs=22, targets=4, tiles=1)
+
+
+@pytest.mark.parametrize("count, text", [(512, "0 KiB"), (3_000_000, "2.9 MiB"), (65_712_345_678, "61.2 GiB")])
+def test_bytes(count, text):
+    assert metrics.gibibytes(count) == text
 
 
 def test_the_log_keeps_what_came_before_and_drops_the_rest(tmp_path):

@@ -1,0 +1,223 @@
+"""A task put together from a config: its model with its weights, its data, and how to export."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phantom_jax.errors import InputError
+from phantom_jax.training.state import Params
+from phantom_jax.training.task import (
+    Task,
+    check_tile_size,
+    make_model_config,
+    model_task,
+    resolve_image_mode,
+)
+from phantom_jax.trees import flatten, unflatten
+
+_NOT_OF_ROWS = ("sources", "split", "threads", "template", "image_mode")
+"""Keys of `phases[].data` that `pipeline.RowOptions` does not hold."""
+
+
+def assemble(config: Mapping[str, Any]) -> Task:
+    """Builds the model and the data pipeline that a resolved config names.
+
+    Raises:
+      InputError: if a name or a model override does not exist, or weights or data are not there.
+    """
+    from phantom_jax.checkpoints import adapter_folder, model_folder
+    from phantom_jax.checkpoints.hf import Checkpoint, Origin
+    from phantom_jax.checkpoints.hf_config import TokenIds, publish
+    from phantom_jax.checkpoints.special_tokens import with_tokens
+    from phantom_jax.data import pairs, pipeline, sources
+    from phantom_jax.data.rows import RowStructure
+    from phantom_jax.ops.backends import SUPPORTS, check_backend
+    from phantom_jax.training.adapters import adapter_of
+    from phantom_jax.training.beginning import open_weights
+
+    backend = config["model"]["attention_backend"]
+    check_backend(backend, jnp.dtype(config["model"]["dtype"]))
+    structure = RowStructure(SUPPORTS[backend].branches, SUPPORTS[backend].segments)
+    name, data_dir = _data_set(config), config["data"]["data_dir"]
+    templates = _templates(config)
+    begins = open_weights(config["model"], config["processor"]["template"]) if config["model"]["weights"] else None
+    given = None if begins is None else begins.processor
+    if given is not None:
+        tokenizer = given.tokenizer
+    else:
+        # A data set's own tokenizer has the tokens of one template, and a new model room for those of any.
+        tokenizer = with_tokens(
+            sources.open_tokenizer(name, data_dir), [token for template in templates for token in template.tokens]
+        )
+    tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+    model_config = make_model_config(config["model"], tokens) if begins is None else begins.checkpoint.config
+    if begins is not None and given is None and model_config.language_model.vocab_size < tokens:
+        raise InputError(
+            f"model.weights is {begins.folder!r}, which has no tokenizer and {model_config.language_model.vocab_size}"
+            f" tokens, and the tokenizer of data.name has {tokens}. Put the model's own tokenizer into the folder."
+        )
+    if given is not None:
+        # What the model learned may differ in details from the template of that name.
+        own = [phase["data"]["template"] for phase in config["phases"]]
+        templates = [template if name else given.template for name, template in zip(own, templates, strict=True)]
+    processors = [
+        _processor(config["processor"], tokenizer, model_config, template, phase["data"]["image_mode"], given)
+        for template, phase in zip(templates, config["phases"], strict=True)
+    ]
+    processor = processors[-1]
+    task = model_task(config, model_config, mean=processor.mean, std=processor.std)
+
+    @functools.cache
+    def open_split(split):
+        return sources.open_records(name, split, data_dir)
+
+    @functools.cache
+    def training_rows(index):
+        phase = config["phases"][index]
+        options = {key: value for key, value in phase["data"].items() if key not in _NOT_OF_ROWS}
+        options["max_digits"] = options["max_digits"] or None
+        options = pipeline.RowOptions(
+            **options,
+            # Only a preference reads wrong answers; leaving them out saves their tokens.
+            rejected=phase["objective"]["name"] != "sft",
+            pair_ids=phase["objective"].get("reference") == "stored",
+            structure=structure,
+        )
+        # Not a sum: the phases of one seed would be shifted phases of the next.
+        seed = int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0])
+        return pipeline.TrainingRows(open_split(phase["data"]["split"]), processors[index], options, seed)
+
+    def train_iterator(index):
+        phase = config["phases"][index]
+        rows, threads = training_rows(index), phase["data"]["threads"]
+        return pipeline.row_iterator(rows, batch_size=phase["batch_size"], threads=threads)
+
+    def all_pairs(index):
+        phase = config["phases"][index]
+        return pairs.PairBatches(training_rows(index), phase["batch_size"] // phase["accumulation"])
+
+    def remarks(index):
+        shape = training_rows(index).shape
+        if shape.unfolded is not None:
+            count, length = shape.unfolded
+            yield (
+                f"attention backend {backend!r} cannot keep conversations of one row apart: each gets a copy of what"
+                f" they share, so rows of {shape.length:,} tokens take {count} x {length:,}"
+                f" ({count * length / shape.length:.2f} times as many)"
+            )
+
+    @functools.cache
+    def validation_batches():
+        settings = config["validation"]
+        records = open_split(settings["split"])
+        chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
+        return pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"], structure=structure)
+
+    if config["validation"]["every"]:
+        # A split that does not exist shall come up now.
+        open_split(config["validation"]["split"])
+
+    special = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
+    published, unused, origin = publish(model_config), {}, Origin(data=(name,))
+    if begins is not None:
+        _, published, special = begins.checkpoint.description
+        unused = begins.checkpoint.unused
+        origin = dataclasses.replace(begins.checkpoint.origin, data=(*begins.checkpoint.origin.data, name))
+
+    def export(params, folder):
+        # One dtype for all of it: in bfloat16 runs what was trained is float32 and what was frozen is not.
+        params, kept = (_stored(tree, config["model"]["dtype"]) for tree in (params, unused))
+        model_folder.write(Checkpoint(model_config, params, kept, published, special, origin), processor, folder)
+
+    def export_adapter(trainable, lora, base, folder):
+        model = model_config, published, special
+        adapter = adapter_of(trainable, lora, model=model, base=base, template=config["processor"]["template"])
+        with model_folder.appearing(folder) as scratch:
+            adapter_folder.write(adapter, scratch, format="ours")
+
+    return dataclasses.replace(
+        task,
+        train_iterator=train_iterator,
+        validation_batches=validation_batches,
+        export=export,
+        export_adapter=export_adapter,
+        load_params=None if begins is None else begins.load_params,
+        pairs=all_pairs,
+        remarks=remarks,
+    )
+
+
+def _stored(tree: Params, dtype: Any) -> dict[str, Any]:
+    """Arrays in one dtype, each read from where it is when it is asked for."""
+    from phantom_jax.checkpoints.arrays import cast
+    from phantom_jax.sharding.placement import on_host
+
+    return unflatten(
+        {
+            path: cast(on_host(leaf) if isinstance(leaf, jax.Array) else leaf, np.dtype(dtype))
+            for path, leaf in flatten(tree).items()
+        }
+    )
+
+
+def _data_set(config: Mapping[str, Any]) -> str:
+    """The one data set that all phases draw from."""
+    from phantom_jax.data.sources import SOURCES
+
+    chosen = config["data"]["name"]
+    for index, phase in enumerate(config["phases"]):
+        for name in phase["data"]["sources"]:
+            if name not in SOURCES:
+                raise InputError(
+                    f"phases[{index}].data.sources names {name!r}, which cannot be opened. The data sets that can be"
+                    f" are: {', '.join(SOURCES)}. Set data.name to one of them and the phases' data.sources to none."
+                )
+            if name != chosen:
+                raise InputError(
+                    f"phases[{index}].data.sources names {name!r} and data.name is {chosen!r}; a run reads one data"
+                    f" set. Set data.name to {name!r}, or the phases' data.sources to none."
+                )
+    return chosen
+
+
+def _templates(config: Mapping[str, Any]) -> list[Any]:
+    """The template of each phase."""
+    from phantom_jax.data.conversation import TEMPLATES
+
+    names = {"processor.template": config["processor"]["template"]}
+    for index, phase in enumerate(config["phases"]):
+        if phase["data"]["template"]:
+            names[f"phases[{index}].data.template"] = phase["data"]["template"]
+    for key, name in names.items():
+        if name not in TEMPLATES:
+            raise InputError(f"{key} is {name!r}; it must be one of {', '.join(TEMPLATES)}.")
+    return [TEMPLATES[phase["data"]["template"] or config["processor"]["template"]] for phase in config["phases"]]
+
+
+def _processor(
+    settings: Mapping[str, Any], tokenizer: Any, model: Any, template: Any, image_mode: str, given: Any
+) -> Any:
+    """A phase's processor: that of the model's folder, where there is one, with what the config says."""
+    from phantom_jax.processor import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor
+
+    check_tile_size(settings, model)
+    sizes = {"max_tiles": settings["max_tiles"], "max_length": settings["max_length"]}
+    if given is not None:
+        mode = given.image_mode if image_mode == "model" else image_mode
+        return dataclasses.replace(given, template=template, image_mode=mode, **sizes)
+    phantom = model.projector.kind == "pixel_shuffle"
+    return Processor(
+        tokenizer,
+        template,
+        settings["tile_size"],
+        tokens_per_tile=model.tokens_per_tile,
+        mean=IMAGENET_MEAN if phantom else CLIP_MEAN,
+        std=IMAGENET_STD if phantom else CLIP_STD,
+        image_mode=resolve_image_mode(image_mode, model),
+        **sizes,
+    )
