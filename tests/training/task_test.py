@@ -138,11 +138,3 @@ def test_what_does_not_fit_is_refused_before_the_workdir_is_claimed(data_dir, tm
     with pytest.raises(InputError, match=message):
         train(config, tmp_path / "run", say=lambda line: None)
     assert not (tmp_path / "run").exists()
-
-
-def test_rows_of_several_conversations_need_a_backend_that_keeps_them_apart():
-    phases = [{"data": {"images_per_row": 1}}, {"data": {"images_per_row": 3}}]
-    for backend in ("xla", "chunked", "splash"):
-        task._refuse_packing(phases, backend)
-    with pytest.raises(InputError, match=r"phases\[1\].data.images_per_row is 3, and attention backend 'cudnn' cannot"):
-        task._refuse_packing(phases, "cudnn")
