@@ -12,6 +12,7 @@ from phantom_jax.data.conversation import describe_template, template_names
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import CONFIG as PROCESSOR
 from phantom_jax.processor import Processor
 from phantom_jax.sharding.parameters import place_parameters
@@ -67,13 +68,12 @@ def open_weights(settings: Mapping[str, Any], template: str) -> Beginning:
             f"processor.template is {template!r}, and the model in model.weights, {folder!r}, was trained with"
             f" {describe_template(processor.template)}: set processor.template to that"
         )
-    try:
-        checkpoint.check_float("training")
-    except InputError as error:
+    kind = next((leaf.kind for leaf in checkpoint.flat().values() if isinstance(leaf, QuantizedTensor)), None)
+    if kind is not None:
         raise InputError(
-            f"model.weights is {folder!r}: {checkpoint.dtype} weights cannot be trained on; set it to the float model"
-            " that they were made from, and phases[].quantize to that kind"
-        ) from error
+            f"model.weights is {folder!r}, which is quantised to {kind}: set it to the float model that it was made"
+            f" from, and phases[].quantize.kind to {kind}"
+        )
     if settings["name"]:
         overrides = {key: value for key, value in settings.items() if key not in DEFAULTS["model"]}
         tokens = checkpoint.config.language_model.vocab_size

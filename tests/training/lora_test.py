@@ -201,5 +201,7 @@ def test_folders_that_a_run_cannot_begin_with(adapted, data_dir, tmp_path):
     handle = pretrained.load(base, quantize="int8")
     pretrained.save(handle, tmp_path / "int8")
     refused(
-        config_for(data_dir, phase("a"), weights=str(tmp_path / "int8")), tmp_path, "int8 weights cannot be trained"
+        config_for(data_dir, phase("a"), weights=str(tmp_path / "int8")),
+        tmp_path,
+        "is quantised to int8: set it to the float",
     )
