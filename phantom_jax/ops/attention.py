@@ -109,7 +109,7 @@ def _kernel(query_BLNH, key_BLKH, value_BLKE, structure, scale, backend):
     out = out.astype(jnp.float32)
     if structure is None:
         return out
-    if not isinstance(structure.segment_ids, jax.core.Tracer):
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(structure)):
         check_rows(backend, structure.segment_ids, structure.branch_ids)
     rows = honoured(backend, structure.segment_ids, structure.branch_ids)
     return jnp.where(rows[:, None, None, None], out, jnp.nan)

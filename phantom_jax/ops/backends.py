@@ -100,15 +100,15 @@ def check_tokens(name: str, length: int, keys: int, split: int = 1) -> None:
         )
 
 
-def honoured(name: str, segment_ids_BL: jax.Array, branch_ids_BL: jax.Array) -> jax.Array:
-    """bool [B]: which rows a backend computes as they are meant."""
-    rows = jnp.ones(segment_ids_BL.shape[:1], bool)
+def honoured(name: str, segment_ids_BL: Any, branch_ids_BL: Any) -> Any:
+    """bool [B]: which rows a backend computes as they are meant. NumPy arrays for NumPy arrays."""
+    rows = segment_ids_BL[:, 0] >= 0  # all of them
     if not SUPPORTS[name].branches:
-        rows &= jnp.all(branch_ids_BL == 0, axis=1)
+        rows &= (branch_ids_BL == 0).all(axis=1)
     if not SUPPORTS[name].segments:
         real = segment_ids_BL > 0
-        in_front = jnp.all(real[:, 1:] <= real[:, :-1], axis=1)
-        rows &= in_front & jnp.all(~real | (segment_ids_BL == segment_ids_BL[:, :1]), axis=1)
+        in_front = (real[:, 1:] <= real[:, :-1]).all(axis=1)
+        rows &= in_front & (~real | (segment_ids_BL == segment_ids_BL[:, :1])).all(axis=1)
     return rows
 
 
@@ -118,7 +118,7 @@ def check_rows(name: str, segment_ids_BL: Any, branch_ids_BL: Any) -> None:
     Raises:
       InputError: says which rows, and what to set instead.
     """
-    wrong = np.flatnonzero(~np.asarray(honoured(name, jnp.asarray(segment_ids_BL), jnp.asarray(branch_ids_BL))))
+    wrong = np.flatnonzero(~honoured(name, np.asarray(segment_ids_BL), np.asarray(branch_ids_BL)))
     if wrong.size:
         kinds = [kind for kind in ("segments", "branches") if not getattr(SUPPORTS[name], kind)]
         raise InputError(

@@ -25,14 +25,11 @@ def test_a_model_with_splash_is_the_model(monkeypatch):
         "targets": jnp.asarray(ids, jnp.int32),
     }
 
-    def gradients(model):
-        def loss(params):
-            scores = model.apply({"params": params}, batch, rope_length=40, method="score")
-            return -jnp.sum(scores.log_probs * (batch["segment_ids"] > 0)) / 40
+    @functools.partial(jax.jit, static_argnums=0)
+    def log_probs(model):
+        scores = model.apply({"params": params}, batch, rope_length=40, method="score")
+        return scores.log_probs * (batch["segment_ids"] > 0)
 
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    expected = gradients(model)
-    ours = gradients(model.clone(attention_backend="splash", remat="names"))
-    for got, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
+    expected = log_probs(model)
+    assert jnp.abs(expected).max() > 1
+    np.testing.assert_allclose(log_probs(model.clone(attention_backend="splash")), expected, rtol=1e-4, atol=1e-4)
