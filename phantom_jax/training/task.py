@@ -121,7 +121,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
         checkpoint = Checkpoint(model_config, params, {}, publish(model_config), tokens, Origin(data=(name,)))
         model_folder.write(checkpoint, processor, folder)
 
-    return Task(init_params, score, train_iterator, validation_batches, export, model_config)
+    return Task(init_params, score, train_iterator, validation_batches, export, model=model_config)
 
 
 def _refuse_without_reference(phases: Sequence[Mapping[str, Any]]) -> None:
