@@ -97,18 +97,8 @@ def gather_sos(query_BLNH, key_BLKH, value_BLKH, sos_positions_BS) -> SosStates:
     return SosStates(take(query_BLNH), take(key_BLKH), take(value_BLKH))
 
 
-@jax.custom_jvp
 def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
-
-
-@_gelu.defjvp
-def _gelu_jvp(primals, tangents):
-    """The same derivative as one factor, so that the backward pass keeps one array of it and not three."""
-    (x,), (tangent,) = primals, tangents
-    below = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
-    slope = below + x * jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
-    return _gelu(x), slope * tangent
 
 
 def fold_heads(sos_BSGH: jax.Array, linear_k, linear_v, linear_o) -> HeadStates:
@@ -130,21 +120,34 @@ def head_cross_attention(x_BLNH, states: HeadStates, linear_q, sos_index_BL=None
     Returns:
       [B, L, N, H] in x's dtype; the softmax is float32.
     """
-    a = _gelu(jnp.einsum("blnh,hd->blnd", x_BLNH, linear_q))
-    # The heads attended to are few: as leading axis, and not as the last, they leave long rows to compute on.
+    batch, _, _, width = x_BLNH.shape
+    flat = _is_flat_faster() and sos_index_BL is None
+    x = x_BLNH.reshape(-1, width) if flat else x_BLNH
+    a = _gelu(jnp.einsum("...h,hd->...d", x, linear_q))
     if sos_index_BL is not None:
         index = sos_index_BL[:, :, None, None]
         keys, values = (jnp.take_along_axis(x, index, axis=1) for x in (states.keys, states.values))
-        axes_of_states = "blgd"
+        rows, axes_of_states = "bln", "blgd"
     elif states.keys.shape[1] != 1:
         raise ValueError(f"{states.keys.shape[1]} sos tokens a row need an index per token")
     elif states.keys.shape[0] == 1:
-        keys, values, axes_of_states = states.keys[0, 0], states.values[0, 0], "gd"
+        keys, values = states.keys[0, 0], states.values[0, 0]
+        rows, axes_of_states = "m" if flat else "bln", "gd"
     else:
-        keys, values, axes_of_states = states.keys[:, 0], states.values[:, 0], "bgd"
-    scores = jnp.einsum(f"blnd,{axes_of_states}->gbln", a, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * x_BLNH.shape[-1] ** -0.5, axis=0).astype(x_BLNH.dtype)
-    return _gelu(jnp.einsum(f"gbln,{axes_of_states}->blnd", weights, values))
+        keys, values = states.keys[:, 0], states.values[:, 0]
+        rows, axes_of_states = "bm" if flat else "bln", "bgd"
+        a = a.reshape(batch, -1, width) if flat else a
+    scores = jnp.einsum(f"{rows}d,{axes_of_states}->{rows}g", a, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(x_BLNH.dtype)
+    return _gelu(jnp.einsum(f"{rows}g,{axes_of_states}->{rows}d", weights, values)).reshape(x_BLNH.shape)
+
+
+def _is_flat_faster() -> bool:
+    """Whether rows, tokens and heads should be one axis: products of matrices take half the time then on a CPU.
+
+    Over several devices that axis would mix some that are split differently.
+    """
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 class HeadCrossAttention(nn.Module):
@@ -170,15 +173,12 @@ class HeadCrossAttention(nn.Module):
 class Gate(nn.Module):
     """One linear map of a head's output to a gate logit, float32; zero bias and deviation 0.02 as released."""
 
-    head_dim: int
-
     @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Its kernel [H] and bias."""
+    def __call__(self, x_BLNH: jax.Array) -> jax.Array:
         kernel_init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axes.HEAD_DIM,))
-        kernel = self.param("kernel", kernel_init, (self.head_dim,), jnp.float32)
+        kernel = self.param("kernel", kernel_init, x_BLNH.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ()), (), jnp.float32)
-        return kernel.astype(jnp.float32), bias.astype(jnp.float32)
+        return jnp.einsum("blnh,h->bln", x_BLNH, kernel.astype(jnp.float32)) + bias.astype(jnp.float32)
 
 
 class PhantomDimension(nn.Module):
@@ -195,7 +195,7 @@ class PhantomDimension(nn.Module):
         if self.config.value:
             self.value = branch()
         if self.config.gate == "learned":
-            self.gate_plain, self.gate_phantom = Gate(self.head_dim), Gate(self.head_dim)
+            self.gate_plain, self.gate_phantom = Gate(), Gate()
 
     def fold(self, sos: SosStates) -> PhantomStates:
         """What the tokens of each branch attend to."""
@@ -221,15 +221,10 @@ class PhantomDimension(nn.Module):
         """The gated sum [B, L, N, H] of the two halves of attention's float32 output."""
         if not self.config.value:
             return out_BLNE
-        out_BLNE = out_BLNE.astype(jnp.float32)
-        eta = self.config.eta
+        plain, phantom = jnp.split(out_BLNE.astype(jnp.float32), 2, axis=-1)
+        phantom = self.config.eta * phantom
         if self.config.gate == "equal":
-            closed = 0.5
-        else:
-            # g_2(o + eta o_y) - g_1(o) is linear in [o, o_y]: one product.
-            (kernel_1, bias_1), (kernel_2, bias_2) = self.gate_plain(), self.gate_phantom()
-            kernel = jnp.concatenate([kernel_2 - kernel_1, eta * kernel_2])
-            # 1 - sigmoid(x) = sigmoid(-x), which keeps its precision where the gate is nearly closed.
-            closed = jax.nn.sigmoid(jnp.einsum("blne,e->bln", out_BLNE, kernel) + (bias_2 - bias_1))[..., None]
-        plain, phantom = jnp.split(out_BLNE, 2, axis=-1)
-        return plain + (closed * eta) * phantom
+            return plain + 0.5 * phantom
+        # 1 - sigmoid(x) = sigmoid(-x), which keeps its precision where the gate is nearly closed.
+        closed = jax.nn.sigmoid(self.gate_phantom(plain + phantom) - self.gate_plain(plain))
+        return plain + closed[..., None] * phantom
