@@ -10,7 +10,6 @@ from phantom_jax import pretrained
 from phantom_jax.config import default_config, default_phase
 from phantom_jax.data import sources
 from phantom_jax.errors import InputError
-from phantom_jax.training import task
 from phantom_jax.training.loop import train
 
 NAME = "handwritten_numbers/tiny"
