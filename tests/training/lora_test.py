@@ -203,5 +203,5 @@ def test_folders_that_a_run_cannot_begin_with(adapted, data_dir, tmp_path):
     refused(
         config_for(data_dir, phase("a"), weights=str(tmp_path / "int8")),
         tmp_path,
-        "is quantised to int8: set it to the float",
+        "is quantised to int8: set it",
     )
