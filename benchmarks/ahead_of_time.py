@@ -4,8 +4,8 @@
     TPU_LIBRARY_PATH=libtpu/libtpu/libtpu.so python benchmarks/ahead_of_time.py --topology=v5e:2x2,v5p:2x2x1,v6e:2x2
 
 Nothing runs: libtpu compiles for slices that are not there. Rows go over half of the devices, heads over pairs of them.
-For each slice and model: seconds to compile, how many kernels the program calls, and temporary memory of a device, with
-parameters replicated and float32 gradients of them.
+For each slice and model: seconds to compile, how many kernels the program calls, and temporary memory of a device
+beside what the compiler places on the chip itself. Parameters are replicated, their gradients float32.
 """
 
 import argparse

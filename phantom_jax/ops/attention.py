@@ -100,7 +100,7 @@ def attention(
 def _kernel(query_BLNH, key_BLKH, value_BLKE, structure, scale, backend):
     segments = None if structure is None else structure.segment_ids
     if backend == "splash":
-        from phantom_jax.ops import splash  # loads Pallas, half a second that nobody else pays
+        from phantom_jax.ops import splash  # loads Pallas, which nobody else needs
 
         out = splash.attend(query_BLNH, key_BLKH, value_BLKE, segments, scale=scale, name=OUTPUT)
     else:
