@@ -1,5 +1,6 @@
 """A decoder layer with splash attention, forward and backward, through the compiler of TPUs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,11 @@ def test_a_tpu_takes_a_layer_of_phantom(model, widths, repository):
     script = repository / "benchmarks" / "ahead_of_time.py"
     arguments = ["--topology=v5e:2x2", f"--models={model}", "--layers=1", "--length=1000"]
     command = [sys.executable, str(script), *arguments]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repository, timeout=1200).stdout
-    [(found, kernels)] = re.findall(r"^\| v5e:2x2 \| \S+ \| (\d+, \d+) \| \d+ \| (\d+) \|", output, flags=re.MULTILINE)
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, env=environment, timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [(found, kernels)] = re.findall(
+        r"^\| v5e:2x2 \| \S+ \| (\d+, \d+) \| \d+ \| (\d+) \|", done.stdout, flags=re.MULTILINE
+    )
     # Forward, gradient of the queries, gradient of keys and values: the output is kept and not computed again.
     assert (found, kernels) == (widths, "3")
