@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from phantom_jax import config as configs
 from phantom_jax import objectives
+from phantom_jax.data import tiles
 from phantom_jax.errors import InputError
 from phantom_jax.ops import attention
 
@@ -220,6 +221,7 @@ def test_the_tables_say_what_the_functions_take():
         assert {key: parameter.default for key, parameter in parameters.items()} == configs.OBJECTIVES[name]
     assert configs.ATTENTION_BACKENDS == attention.BACKENDS
     assert configs.REFERENCES == objectives.REFERENCES
+    assert ("model", *tiles.IMAGE_MODES) == configs.IMAGE_MODES
 
 
 @pytest.mark.parametrize("arg", [None, "smoke", "smoke=True", "objective=sft", "objective=sft,smoke=True"])
