@@ -83,6 +83,10 @@ def open_weights(settings: Mapping[str, Any], template: str) -> Beginning:
 
 
 def _check_same(found: VisionLanguageConfig, wanted: VisionLanguageConfig, folder: str, name: str) -> None:
+    if {found.language_model.rope.kind, wanted.language_model.rope.kind} <= {"su", "longrope"}:
+        # Two names of one rotation, and its factors come with a checkpoint alone.
+        language_model = dataclasses.replace(wanted.language_model, rope=found.language_model.rope)
+        wanted = dataclasses.replace(wanted, language_model=language_model)
     theirs, ours = (flatten(dataclasses.asdict(config)) for config in (found, wanted))
     lines = [
         f"  {path.replace('/', '.')} is {theirs.get(path)!r} in the folder and {ours.get(path)!r} in the config"
