@@ -10,6 +10,7 @@ three. The last column compares with the plain decoder, whose rows come from `--
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -18,18 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.linen import meta
 
 from phantom_jax.batch import IGNORE, Batch
 from phantom_jax.config import default_config, default_phase
 from phantom_jax.models import zoo
-from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
-from phantom_jax.ops.image import normalize_pixels
+from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.training.loop import train
 from phantom_jax.training.metrics import gibibytes, thousands
-from phantom_jax.training.task import Task
+from phantom_jax.training.task import Task, model_task
 
 METHODS = ("full", "lora", "qlora")
 WARM_UP = 3
@@ -104,22 +102,12 @@ def make_config(arguments: argparse.Namespace, method: str, plain: bool) -> Any:
 
 
 def make_task(config: Any, model_config: VisionLanguageConfig, batch: Batch) -> Task:
-    settings = config.model
-    options = {"remat": settings.remat} if settings.remat != "none" else {}
-    model = VisionLanguageModel(model_config, jnp.dtype(settings.dtype), settings.attention_backend, **options)
-
-    def score(params, batch, length=config.processor.max_length):
-        pixels = normalize_pixels(batch["pixels"], (0.5,) * 3, (0.25,) * 3)
-        return model.apply({"params": params}, {**batch, "pixels": pixels}, rope_length=length, method="score")
-
-    def init_params(key):
-        # No shape depends on how many rows, tokens and tiles there are.
-        small = {name: jnp.asarray(value[:1, :1]) for name, value in batch.items() if np.ndim(value) > 1}
-        small["pixels"] = small["pixels"].astype(jnp.float32)
-        return meta.unbox(model.init(key, small, rope_length=1, method="score")["params"])
-
-    phase = config.phases[0]
-    return Task(init_params, score, lambda index: Repeated(batch, phase.steps - 1), lambda: (), model=model_config)
+    steps = config.phases[0].steps
+    return dataclasses.replace(
+        model_task(config, model_config),
+        train_iterator=lambda index: Repeated(batch, steps - 1),
+        validation_batches=lambda: (),
+    )
 
 
 def measure(arguments: argparse.Namespace, method: str, plain: bool) -> Mapping[str, float]:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lints and tests. `launch/test.sh` needs nothing but Python; `--parity` also installs PyTorch (CPU), bitsandbytes
-# and PEFT and compares with them, and compiles for TPUs with their compiler. Other arguments go to pytest: `launch/test.sh tests/cli_test.py -k help`.
+# and PEFT and compares with them, and compiles for TPUs with their compiler. Other arguments go to pytest:
+# `launch/test.sh tests/cli_test.py -k help`.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

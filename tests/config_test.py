@@ -10,10 +10,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from phantom_jax import config as configs
-from phantom_jax import objectives
+from phantom_jax import layouts, objectives
 from phantom_jax.data import tiles
 from phantom_jax.errors import InputError
-from phantom_jax.ops import attention
+from phantom_jax.models import remat
+from phantom_jax.ops import backends
+from phantom_jax.sharding import rules
 
 
 def a_config():
@@ -219,8 +221,11 @@ def test_the_tables_say_what_the_functions_take():
     for name, function in objectives.OBJECTIVES.items():
         parameters = inspect.signature(function).parameters
         assert {key: parameter.default for key, parameter in parameters.items()} == configs.OBJECTIVES[name]
-    assert configs.ATTENTION_BACKENDS == attention.BACKENDS
+    assert configs.ATTENTION_BACKENDS == backends.BACKENDS
     assert configs.REFERENCES == objectives.REFERENCES
+    assert configs.REMAT == remat.PRESETS
+    assert tuple(rules.STRATEGIES) == configs.STRATEGIES
+    assert set(configs.QUANTIZE) == {"none", *layouts.QUANTIZATIONS}
     assert ("model", *tiles.IMAGE_MODES) == configs.IMAGE_MODES
 
 

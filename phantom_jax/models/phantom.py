@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from phantom_jax import axes
+from phantom_jax.ops.backends import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _is_flat_faster() -> bool:
 
     Over several devices that axis would mix some that are split differently.
     """
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 class HeadCrossAttention(nn.Module):

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from phantom_jax.ops import cudnn
-from phantom_jax.ops.backends import BACKENDS as BACKENDS
-from phantom_jax.ops.backends import SUPPORTS as SUPPORTS
 from phantom_jax.ops.backends import check_backend, check_rows, check_tokens, honoured
 from phantom_jax.ops.partition import TOKENS, size
 

@@ -47,8 +47,8 @@ class Division:
     def quantize_frozen(self, frozen: dict[str, Any]) -> dict[str, Any]:
         """The frozen tree in its form in this phase, one kernel after another.
 
-        Not to be traced but for its shapes. The tree is emptied, so that no kernel is held in both forms longer than it
-        takes, if nobody else holds it.
+        Not to be traced. The tree is emptied, so that no kernel is held in both forms longer than it takes, if nobody
+        else holds it.
         """
         flat = flatten(frozen)
         frozen.clear()

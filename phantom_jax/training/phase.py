@@ -98,7 +98,7 @@ class Phase:
         )
         self._count_flops = lambda batch: None
         if task.model is not None:
-            flops = accounting.step_flops(task.model, jax.eval_shape(start, shapes).trainable)
+            flops = accounting.step_flops(task.model, abstract.trainable)
             self._count_flops = lambda batch: flops(metrics_lib.count_work(batch, task.model))
         self._meter = metrics_lib.Meter()
         step = jax.jit(places.traced(step), donate_argnums=0, out_shardings=(self._shardings, places.whole))
