@@ -183,13 +183,13 @@ def build_row(
                 "template that opens every conversation alike."
             )
     if shape.unfolded is not None:
-        row["unfolded"] = unfold(row["segment_ids"], row["branch_ids"], shape.unfolded)
+        row["unfolded"] = unfolded_index(row["segment_ids"], row["branch_ids"], shape.unfolded)
     if not shape.structure.branches:
         del row["branch_ids"]
     return row
 
 
-def unfold(segment_ids: np.ndarray, branch_ids: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def unfolded_index(segment_ids: np.ndarray, branch_ids: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """[C, U] int32 indices of the tokens of each conversation of a row, -1 for padding.
 
     Args:

@@ -291,16 +291,17 @@ class Decoder(nn.Module):
         if self.is_initializing():
             self.logits(hidden_BLD[:, :1])
         if self.config.tie_embeddings:
-            weights, logits = gather(self.embedding.astype(self.dtype), (axes.VOCAB, axes.EMBED)), self._tied_logits
+            kept, logits = self.embedding, self._tied_logits
+            weights = gather(kept.astype(self.dtype), (axes.VOCAB, axes.EMBED))
         else:
-            kernel = nn.meta.unbox(self.head.get_variable("params", "kernel"))
-            weights = gather_kernel(kernel, (axes.EMBED,), (axes.VOCAB,), self.dtype)
+            kept = nn.meta.unbox(self.head.get_variable("params", "kernel"))
+            weights = gather_kernel(kept, (axes.EMBED,), (axes.VOCAB,), self.dtype)
 
             def logits(kernel, hidden_BLD):
                 return linear(hidden_BLD, kernel, 1, self.dtype, jnp.float32)
 
-        # Gathered once for all chunks; their gradients are summed in float32.
-        weights = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == self.dtype else x, weights)
+        # Gathered once for all chunks. Of what trains, which is kept in float32, gradients are summed so.
+        weights = jax.tree.map(lambda x, old: x.astype(old.dtype) if old.dtype == jnp.float32 else x, weights, kept)
         return cross_entropy.target_scores(logits, weights, hidden_BLD, targets_BL, vocabulary=self.config.vocab_size)
 
     def __call__(

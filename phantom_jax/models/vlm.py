@@ -137,6 +137,8 @@ class VisionLanguageModel(nn.Module):
             x_BLD = jnp.where(slots >= 0, jnp.take_along_axis(features, jnp.maximum(slots, 0), axis=1), x_BLD)
         structure = Structure(batch["positions"], batch["segment_ids"], branch_ids)
         if "unfolded" in batch:
+            if cache is not None:
+                raise ValueError("unfolded rows have no cache: a cache holds rows as they are")
             x, structure = unfold(x_BLD, structure, batch["unfolded"])
             output = self.language_model(x, structure, rope_length=rope_length)
             back = functools.partial(fold, index_BCU=batch["unfolded"], length=x_BLD.shape[1])

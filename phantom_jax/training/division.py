@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from phantom_jax.errors import InputError
 from phantom_jax.lora import NO_LORA, Lora
-from phantom_jax.models.linears import match_linears
+from phantom_jax.models.linears import HEAD, match_linears
 from phantom_jax.models.quantization import quantize_linear
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.patterns import match
@@ -92,6 +92,11 @@ def _divide(phase: Mapping[str, Any], paths: Sequence[str], prefix: str) -> Divi
             f"set {prefix}trainable to what shall train beside the adapter, ('projector/**',) for instance, or make the"
             " patterns of one of them narrower",
         )
+        if HEAD in kernels and settings["dropout"]:
+            raise InputError(
+                f"{prefix}lora.dropout is {settings['dropout']} and {prefix}lora.patterns match the head, which is"
+                " computed in chunks of tokens that would all drop the same: set the dropout to 0, or leave the head out."
+            )
         lora = Lora(tuple(sorted(kernels)), settings["rank"], settings["alpha"], settings["dropout"])
     if quantize["kind"] != "none":
         quantized = match_linears(quantize["patterns"], paths, what=f"{prefix}quantize.patterns")

@@ -49,7 +49,9 @@ class Exports:
         """What writes the model that a phase begins with; None where nothing has to be written."""
         if self._task.export is None or not self._divisions[index].lora.kernels or self._source(index):
             return None
-        return lambda params: self._write(self._base(index), lambda folder: self._task.export(params, folder))
+        return lambda params: self._write(
+            self._base(index), lambda folder: self._task.export(self._in_floats(params), folder)
+        )
 
     def write(self, index: int, state: TrainState) -> None:
         """Writes what a phase made."""
@@ -64,12 +66,12 @@ class Exports:
                 self._write(target, lambda folder: self._task.export_adapter(state.trainable, lora, base, folder))
             return
         params = merge(state.trainable, state.frozen)
-        self._write(target, lambda folder: self._task.export(_in_floats(params, source), folder))
+        self._write(target, lambda folder: self._task.export(self._in_floats(params), folder))
 
     def _source(self, index: int) -> str:
         """The folder of the model that a phase begins with; empty where it lies in none."""
         if index == 0:
-            return self._weights
+            return os.path.abspath(self._weights) if self._weights else ""
         if self._divisions[index - 1].lora.kernels:
             return ""
         return os.path.abspath(self._workdir / "models" / self._names[index - 1])
@@ -84,15 +86,17 @@ class Exports:
             write(target)
             self._say(f"wrote {target}")
 
-
-def _in_floats(params: Params, source: str) -> dict[str, Any]:
-    """The parameters with floats in place of codes: those that the codes were made from, where they are on disk."""
-    flat = flatten(params)
-    quantized = [path for path, leaf in flat.items() if isinstance(leaf, QuantizedTensor)]
-    if not quantized:
+    def _in_floats(self, params: Params) -> dict[str, Any]:
+        """The parameters with floats in place of codes: those that the codes were made from, where they are on disk."""
+        flat, read = flatten(params), {}
+        for path in [path for path, leaf in flat.items() if isinstance(leaf, QuantizedTensor)]:
+            # Codes never change: their floats are those that the first phase that quantises them began with.
+            first = next(index for index, division in enumerate(self._divisions) if path in division.quantized)
+            source = self._source(first)
+            if source not in read:
+                read[source] = flatten(model_folder.read(source)[0].params) if source else {}
+            flat[path] = read[source].get(path, _dequantized(flat[path]))
         return unflatten(flat)
-    stored = flatten(model_folder.read(source)[0].params) if source else {}
-    return unflatten(flat | {path: stored.get(path, _dequantized(flat[path])) for path in quantized})
 
 
 def _dequantized(tensor: QuantizedTensor) -> StoredArray:

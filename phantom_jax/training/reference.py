@@ -94,7 +94,7 @@ class ReferenceIterator:
 def make_reference_step(score: Score) -> Callable[[Params, Params, Batch], jax.Array]:
     """Builds `step(trainable, frozen, batch) -> reference_logps`, [B, 2 * pairs], of a batch that has `pair_ids`.
 
-    Factors of an adapter are left out: when a phase begins they change nothing.
+    Factors of an adapter, where there are some, go unread: when a phase begins they change nothing.
     """
 
     def step(trainable, frozen, batch):

@@ -12,9 +12,14 @@ from phantom_jax.checkpoints.adapter import merge
 from phantom_jax.config import default_config, default_phase
 from phantom_jax.data import sources
 from phantom_jax.errors import InputError
+from phantom_jax.lora import Lora
+from phantom_jax.models.quantization import quantize_linear
 from phantom_jax.ops.quantize import QuantizedTensor
+from phantom_jax.training.division import Division
+from phantom_jax.training.exports import Exports
 from phantom_jax.training.loop import train
-from phantom_jax.trees import flatten
+from phantom_jax.training.task import Task
+from phantom_jax.trees import flatten, unflatten
 from tests.generation import tiny
 from tests.training.task_test import NAME, records_of
 
@@ -130,6 +135,22 @@ def test_a_quantised_base_stays_as_it_was(quantized, adapted):
     adapter = adapter_folder.read(workdir / "model")
     assert adapter.base == str(workdir / "models" / "rest")
     pretrained.load(adapter.base, adapter=workdir / "model")
+
+
+def test_the_base_of_a_second_adapter_has_floats_in_place_of_codes(adapted, tmp_path):
+    """Where the first phase adapts some kernels and keeps others as codes, and the second begins with what it made."""
+    _, source, _ = adapted
+    weights = f"{source}/models/tune.base"
+    params = dict(flatten(model_folder.read(weights)[0].params))
+    coded, changed = "vision_tower/layers/up/kernel", Lora(("language_model/layers/gate/kernel",), 2, 4.0)
+    begun = np.asarray(params[coded])
+    params[coded] = quantize_linear(coded, begun, "nf4")
+    divisions = [Division(frozenset(), changed, frozenset({coded}), "nf4")] * 2
+    written = {}
+    task = Task(None, None, export=lambda params, folder: written.update(flatten(params)))
+    config = {"phases": [{"name": "one"}, {"name": "two"}], "model": {"weights": weights}}
+    Exports(task, config, tmp_path, divisions, quiet).keep_base(1)(unflatten(params))
+    np.testing.assert_array_equal(np.asarray(written[coded]), begun)
 
 
 @pytest.mark.parametrize("prefix", ["step 1/2 rest", "step 2/2 tune"])

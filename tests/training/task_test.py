@@ -48,7 +48,7 @@ def config_for(data_dir):
 
 def records_of(workdir):
     """What was logged, without the figures that a clock gives."""
-    timed = ("per_second", "seconds", "data_wait", "tokens_per", "images_per")
+    timed = ("per_second", "seconds", "data_wait", "tokens_per", "images_per", "tower_share", "mfu", "memory")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not any(word in k for word in timed)} for line in lines]
 
