@@ -5,13 +5,10 @@ import re
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.parametrize("model, widths", [("phantom-0.5b", "128, 128"), ("phantom-7b", "256, 256")])
-def test_a_tpu_takes_a_layer_of_phantom(model, widths, repository):
+def test_a_tpu_takes_a_layer_of_phantom(repository):
     script = repository / "benchmarks" / "ahead_of_time.py"
-    arguments = ["--topology=v5e:2x2", f"--models={model}", "--layers=1", "--length=1000"]
+    arguments = ["--topology=v5e:2x2", "--models=phantom-0.5b", "--layers=1", "--length=1000"]
     command = [sys.executable, str(script), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=repository, env=environment, timeout=1200)
@@ -20,4 +17,4 @@ def test_a_tpu_takes_a_layer_of_phantom(model, widths, repository):
         r"^\| v5e:2x2 \| \S+ \| (\d+, \d+) \| \d+ \| (\d+) \|", done.stdout, flags=re.MULTILINE
     )
     # Forward, gradient of the queries, gradient of keys and values: the output is kept and not computed again.
-    assert (found, kernels) == (widths, "3")
+    assert (found, kernels) == ("128, 128", "3")

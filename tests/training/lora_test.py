@@ -186,6 +186,7 @@ def refused(config, tmp_path, message):
     [
         ([phase("a", lora={**LORA, "patterns": ("language_model/layer/**",)})], "lora.patterns matches no kernel of a"),
         ([phase("a", lora={**LORA, "patterns": ("**/embedding",)})], "'\\*\\*/embedding' of phases.0..lora.patterns"),
+        ([phase("a", lora={**LORA, "patterns": ("**/head/**",)})], r"phases\[0\].lora.dropout is 0.1 and .* the head"),
         (
             [phase("a", trainable=("**",), lora=LORA)],
             r"phases\[0\].trainable trains in full and phases\[0\].lora adapts",
