@@ -95,7 +95,7 @@ def _divide(phase: Mapping[str, Any], paths: Sequence[str], prefix: str) -> Divi
         if HEAD in kernels and settings["dropout"]:
             raise InputError(
                 f"{prefix}lora.dropout is {settings['dropout']} and {prefix}lora.patterns match the head, which is"
-                " computed in chunks of tokens that would all drop the same: set the dropout to 0 or leave the head out."
+                " computed in chunks of tokens that would drop alike: set the dropout to 0, or leave the head out."
             )
         lora = Lora(tuple(sorted(kernels)), settings["rank"], settings["alpha"], settings["dropout"])
     if quantize["kind"] != "none":
