@@ -36,11 +36,13 @@ def test_a_published_model_in_the_form_of_a_phase(golden, folder, template):
     [division] = divide([phase(("projector/**",), ("int8", everywhere))], list(expected))
     devices = jax.sharding.Mesh(np.array(jax.devices()), ("fsdp",))
     spread = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(None, "fsdp"))
-    params = flatten(
-        begins.load_params(
-            lambda path: division.dtype(path, "bfloat16"), division.quantize, {"language_model/embedding": spread}
-        )
-    )
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def sharding(path, array):
+        return spread if path == "language_model/embedding" else jax.tree.map(lambda _: one, array)
+
+    params = begins.load_params(lambda path: division.dtype(path, "bfloat16"), division.quantize, sharding)
+    params = flatten(params)
     assert set(params) == set(expected) and params["language_model/embedding"].sharding == spread
     codes = {path for path, leaf in params.items() if isinstance(leaf, QuantizedTensor)}
     assert codes == division.quantized and len(codes) == 13
