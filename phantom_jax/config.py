@@ -427,13 +427,13 @@ def _check_reference(phase: Mapping, prefix: str) -> Iterator[str]:
     if phase["objective"].get("reference") != "adapter_off":
         return
     what = f"{prefix}objective.reference is 'adapter_off', the model without its adapter, but"
-    remedy = f"Set {prefix}objective.reference to 'stored', which takes the model that the phase begins with."
+    remedy = f"Set {prefix}objective to {{'name': 'dpo', 'reference': 'stored'}}: the model that the phase begins with."
     if not phase["lora"]["rank"]:
         yield f"{what} {prefix}lora.rank is 0, so there is none. {remedy}"
     elif phase["trainable"]:
         yield (
             f"{what} {prefix}trainable is {tuple(phase['trainable'])!r}: what trains beside the adapter would move the"
-            f" reference with it. {remedy}"
+            f" reference with it. {remedy} Or set {prefix}trainable to ()."
         )
 
 

@@ -89,7 +89,7 @@ def test_a_good_config_has_nothing_wrong():
         ),
         (
             lambda c: c.phases[0].__setitem__("objective", {"name": "dpo", "beta": 0.1, "reference": "adapter_off"}),
-            "phases[0].lora.rank is 0, so there is none. Set phases[0].objective.reference to 'stored'",
+            "lora.rank is 0, so there is none. Set phases[0].objective to {'name': 'dpo', 'reference': 'stored'}",
         ),
         (
             lambda c: (

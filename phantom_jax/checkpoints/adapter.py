@@ -7,7 +7,7 @@ A [in, r], B [r, out] and s = alpha / r (Hu et al., arXiv 2106.09685), or alpha 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Adapter:
       dropout: on the input of A, in training.
       rank_stabilized: whether the update is scaled by alpha / sqrt(r).
       base: name or folder of that model, for whoever loads the adapter elsewhere; empty where it is not known.
+      base_numbers: the first numbers of kernels of that model, by path, see `base_numbers`; empty where not known.
       template: name of the conversation template that it was trained with; None where it is not known.
       naming: PEFT's names that it came with, one of `adapter_names.NAMINGS`; None for the default ones.
       settings: the `adapter_config.json` that it came with.
@@ -67,6 +68,7 @@ class Adapter:
     dropout: float = 0.0
     rank_stabilized: bool = False
     base: str = ""
+    base_numbers: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     template: str | None = None
     naming: str | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -128,6 +130,22 @@ class Adapter:
                 )
 
 
+def base_numbers(flat: Mapping[str, Any], kernels: Sequence[str]) -> dict[str, list[float]]:
+    """By what the model of an adapter is told from another one of the same shapes: eight numbers of each kernel.
+
+    Args:
+      flat: parameters of the model by path, `params/...`.
+      kernels: paths of the kernels that are adapted, without `params/`.
+    """
+    paths = [f"params/{path}" for path in kernels]
+    return {path: _first_numbers(flat[path]) for path in paths if not isinstance(flat[path], QuantizedTensor)}
+
+
+def _first_numbers(kernel: Any) -> list[float]:
+    first = (*[slice(0, 1)] * (len(kernel.shape) - 1), slice(0, min(8, kernel.shape[-1])))
+    return np.asarray(kernel[first]).astype(np.float64).reshape(-1).tolist()
+
+
 def in_layers(path: str) -> bool:
     """Whether the parameter's first axis counts layers."""
     return "/layers/" in path
@@ -158,6 +176,14 @@ def merge(base: hf.Checkpoint, adapter: Adapter) -> hf.Checkpoint:
                     f"the adapter is for another model: {path} is {shape} there and {found or 'absent'} here. Give the "
                     f"model that it was trained on{', ' + adapter.base if adapter.base else ''}"
                 )
+    for path, numbers in adapter.base_numbers.items():
+        found = _first_numbers(flat[path])
+        # A base may have been rounded to bfloat16 since.
+        if not np.allclose(found, numbers, rtol=2**-7, atol=1e-6):
+            raise InputError(
+                f"the adapter was trained on another model of the same shape: {path} begins with {numbers[0]:.6g} there"
+                f" and with {found[0]:.6g} here. Give the model that it was trained on, {adapter.base}"
+            )
     for path, whole in adapter.others.items():
         flat[path] = cast(whole, flat[path].dtype)
     for path, change in adapter.low_rank.items():

@@ -103,6 +103,7 @@ def write(adapter: Adapter, directory: str | os.PathLike[str], *, format: str) -
         **native.description(adapter.config, adapter.published, adapter.tokens),
         "low_rank": {path: {"ranks": each.ranks, "alphas": each.alphas} for path, each in adapter.low_rank.items()},
         **{name: getattr(adapter, name) for name in _PLAIN},
+        "base_numbers": adapter.base_numbers,
     }
     write_json(directory / CONFIG, content)
     flat = {f"others/{path}": array for path, array in adapter.others.items()}
@@ -130,7 +131,7 @@ def _read_ours(directory: pathlib.Path, model: Model | None) -> Adapter:
             )
             for path, each in content["low_rank"].items()
         }
-        plain = {name: content[name] for name in _PLAIN}
+        plain = {name: content[name] for name in _PLAIN} | {"base_numbers": content.get("base_numbers", {})}
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{where} does not fit {_ARRAYS}/ beside it ({error}): save the adapter again") from error
     others = {path.removeprefix("others/"): array for path, array in flat.items() if path.startswith("others/")}

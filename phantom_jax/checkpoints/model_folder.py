@@ -30,6 +30,7 @@ from phantom_jax.processor import Processor
 REPORT = "conversion_report.tsv"
 
 _GENERATION = "generation_config.json"
+_ADAPTERS = ("phantom_jax_adapter.json", "adapter_config.json")
 _LOCK = ".lock"
 
 
@@ -85,6 +86,11 @@ def _holds_ours(directory: pathlib.Path) -> bool:
     if is_ours(directory):
         return True
     if not (directory / "config.json").is_file():
+        if any((directory / name).is_file() for name in _ADAPTERS):
+            raise InputError(
+                f"{directory} holds an adapter and no model: give the model that it is for, and this folder as the"
+                " adapter, or merge the two (phantom-jax merge)"
+            )
         raise InputError(f"{directory} holds neither {native.CONFIG} nor config.json: it is no model folder")
     if "phases" in read_json(directory / "config.json"):
         raise InputError(

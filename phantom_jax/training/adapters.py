@@ -1,5 +1,6 @@
 """From the trainable tree of a phase with low-rank factors to an adapter at rest."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from phantom_jax.training.state import Params
 from phantom_jax.trees import flatten
 
 
-def adapter_of(trainable: Params, lora: Lora, *, model: Model, base: str, template: str) -> Adapter:
+def adapter_of(
+    trainable: Params, lora: Lora, *, model: Model, base: str, numbers: Mapping[str, Sequence[float]], template: str
+) -> Adapter:
     """The adapter that a phase has trained.
 
     Args:
@@ -21,6 +24,7 @@ def adapter_of(trainable: Params, lora: Lora, *, model: Model, base: str, templa
       lora: the adapter as it was trained.
       model: what it adapts, `Checkpoint.description`.
       base: folder of that model.
+      numbers: by which that model is told from others, see `checkpoints.adapter.base_numbers`.
       template: name of the conversation template.
 
     Raises:
@@ -33,6 +37,6 @@ def adapter_of(trainable: Params, lora: Lora, *, model: Model, base: str, templa
         layers = a.shape[0] if layer_axes(path) else 1
         low_rank[f"params/{path}"] = LowRank(a, b, (lora.rank,) * layers, (float(lora.alpha),) * layers)
     others = {f"params/{path}": array for path, array in flat.items()}
-    adapter = Adapter(*model, low_rank, others, lora.dropout, base=base, template=template)
+    adapter = Adapter(*model, low_rank, others, lora.dropout, base=base, base_numbers=numbers, template=template)
     adapter.check("the trained adapter")
     return adapter

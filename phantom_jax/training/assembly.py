@@ -31,6 +31,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
       InputError: if a name or a model override does not exist, or weights or data are not there.
     """
     from phantom_jax.checkpoints import adapter_folder, model_folder
+    from phantom_jax.checkpoints.adapter import base_numbers
     from phantom_jax.checkpoints.hf import Checkpoint, Origin
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
     from phantom_jax.checkpoints.special_tokens import with_tokens
@@ -135,8 +136,14 @@ def assemble(config: Mapping[str, Any]) -> Task:
         model_folder.write(Checkpoint(model_config, params, kept, published, special, origin), processor, folder)
 
     def export_adapter(trainable, lora, base, folder):
-        model = model_config, published, special
-        adapter = adapter_of(trainable, lora, model=model, base=base, template=config["processor"]["template"])
+        adapter = adapter_of(
+            trainable,
+            lora,
+            model=(model_config, published, special),
+            base=base,
+            numbers=base_numbers(model_folder.read(base)[0].flat(), lora.kernels),
+            template=config["processor"]["template"],
+        )
         with model_folder.appearing(folder) as scratch:
             adapter_folder.write(adapter, scratch, format="ours")
 
@@ -175,12 +182,12 @@ def _data_set(config: Mapping[str, Any]) -> str:
             if name not in SOURCES:
                 raise InputError(
                     f"phases[{index}].data.sources names {name!r}, which cannot be opened. The data sets that can be"
-                    f" are: {', '.join(SOURCES)}. Set data.name to one of them and the phases' data.sources to none."
+                    f" are: {', '.join(SOURCES)}. Set data.name to one of them and the phases' data.sources to {{}}."
                 )
             if name != chosen:
                 raise InputError(
                     f"phases[{index}].data.sources names {name!r} and data.name is {chosen!r}; a run reads one data"
-                    f" set. Set data.name to {name!r}, or the phases' data.sources to none."
+                    f" set. Set data.name to {name!r}, or the phases' data.sources to {{}}."
                 )
     return chosen
 

@@ -61,6 +61,11 @@ def open_weights(settings: Mapping[str, Any], template: str) -> Beginning:
             f"model.weights is {folder!r}, which holds an adapter: merge it with its model (phantom-jax merge), and set"
             " model.weights to what that writes"
         )
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"model.weights is {folder!r}, which is no folder: set it to a model's, or make one there of its parents,"
+            f" phantom-jax convert --vision=FOLDER --llm=FOLDER --target={folder} --to=ours"
+        )
     remembers = (Path(folder) / PROCESSOR).is_file()
     checkpoint, processor = model_folder.read(folder, template=None if remembers else template)
     if remembers and template not in template_names(processor.template):

@@ -175,6 +175,7 @@ class Phase:
         meter.runs_on(jax.tree.leaves(state)[0].sharding.device_set)
         while progress.phase_step < self.steps:
             meter.step_begins()
+            alone = pending is None
             if profiler.step_begins(progress.step + 1, state.step):
                 meter.pause()
             # Arrays cross between host and device where it says device_put or device_get, and nowhere else.
@@ -197,10 +198,16 @@ class Phase:
             stopped = stop.is_set()
             validates = self._is_due("validation", progress, ends)
             saves = stopped or ends or self._is_due("checkpoint", progress)
+            # What was waited for is the step before. Where there was none, a step that is waited for below has a time
+            # of its own, and any other that of its dispatch alone, which says nothing.
+            if not alone:
+                meter.step_ends(tokens, images, flops)
             if validates or saves:
-                # Nothing else waits for this step, and its time is its own.
                 jax.block_until_ready(metrics)
-            meter.step_ends(tokens, images, flops)
+            elif alone:
+                meter.pause()
+            if alone:
+                meter.step_ends(tokens, images, flops)
             if validates or saves:
                 self._record(pending, log)
                 pending = None

@@ -21,13 +21,14 @@ class Profiler:
         self._steps = range(max(first_step, 1), max(first_step, 1) + num_steps)
         self._folder, self._say = folder, say
         self._began: int | None = None
+        self._seen = False
 
     def step_begins(self, step: int, before: Any) -> bool:
         """Starts the trace where it is due, once the arrays of the step `before` are there. Whether one is running."""
         if self._began is None and step in self._steps:
             jax.block_until_ready(before)
             jax.profiler.start_trace(self._folder)
-            self._began = step
+            self._began, self._seen = step, True
         return self._began is not None
 
     def step_ends(self, step: int, outputs: Any) -> None:
@@ -40,6 +41,8 @@ class Profiler:
         """Writes what was traced of a run that ends before its last traced step."""
         if self._began is not None:
             self._stop(None)
+        elif self._steps and not self._seen:
+            self._say(f"no trace: profile.first_step is {self._steps[0]}, a step that this run did not come to")
 
     def _stop(self, step: int | None) -> None:
         began, self._began = self._began, None

@@ -81,7 +81,9 @@ def trained(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     for name, tree in (("ours", state.trainable), ("gradients", gradients)):
         (folder / name).mkdir()
-        written = adapter_of(tree, lora, model=base.description, base=str(golden / "llava-hf"), template="vicuna_v1")
+        written = adapter_of(
+            tree, lora, model=base.description, base=str(golden / "llava-hf"), numbers={}, template="vicuna_v1"
+        )
         adapter_folder.write(written, folder / name, format="ours")
         convert(str(folder / name), str(folder / f"{name}_peft"), layout="peft")
     adapted = peft.PeftModel.from_pretrained(llava(golden), folder / "ours_peft", is_trainable=True).eval()

@@ -96,6 +96,9 @@ def test_an_adapter_is_written_beside_its_base(adapted, data_dir):
         np.testing.assert_allclose(np.asarray(merged[path]), expected, rtol=0, atol=1e-6, err_msg=path)
         changed = not np.array_equal(np.asarray(flatten(checkpoint.params)[path]), expected)
         assert changed == (path in names or path.startswith("projector/")), path
+    others = {path: np.asarray(leaf) + 1 for path, leaf in checkpoint.flat().items()}
+    with pytest.raises(InputError, match=f"trained on another model of the same shape: .* Give .*{base}"):
+        merge(checkpoint.with_flat(others), adapter_folder.read(workdir / "model"))
     handle = pretrained.load(base, adapter=workdir / "model")
     assert isinstance(
         handle.generate("Read the number.", images=[sources.open_records(NAME, "test", data_dir)[0].image]), str
