@@ -26,7 +26,7 @@ from flax.linen import meta
 from phantom_jax import objectives
 from phantom_jax.config import OPTIMIZER
 from phantom_jax.data.conversation import Conversation, lay_out
-from phantom_jax.data.rows import unfold
+from phantom_jax.data.rows import unfolded_index
 from phantom_jax.models import zoo
 from phantom_jax.models.vlm import VisionLanguageModel
 from phantom_jax.training.optimizer import make_optimizer
@@ -96,7 +96,7 @@ def make_batches(size: Size, tokens_per_tile: int, edge: int) -> dict[str, dict[
     shared = batches[STEPS[1]]
     longest = features + QUESTION + max(map(max, size.answers)) - 1
     pairs = zip(shared["segment_ids"], shared["branch_ids"], strict=True)
-    apart = np.stack([unfold(segment_ids, branch_ids, (2, longest)) for segment_ids, branch_ids in pairs])
+    apart = np.stack([unfolded_index(segment_ids, branch_ids, (2, longest)) for segment_ids, branch_ids in pairs])
     return {**batches, STEPS[2]: {**shared, "unfolded": apart}}
 
 
