@@ -9,7 +9,7 @@ import pytest
 
 from phantom_jax import objectives
 from phantom_jax.data.pipeline import RowOptions, TrainingRows, evaluation_batches
-from phantom_jax.data.rows import Bound, RowShape, RowStructure, build_row, unfold
+from phantom_jax.data.rows import Bound, RowShape, RowStructure, build_row, unfolded_index
 from phantom_jax.errors import InputError
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
@@ -147,9 +147,9 @@ def test_unfolded_rows_do_as_well(model_and_params, records, processor, expected
 def test_conversations_are_taken_apart_in_order():
     segment_ids = np.array([1, 1, 1, 1, 2, 2, 2, 0])
     branch_ids = np.array([0, 1, 2, 2, 0, 0, 1, 0])
-    np.testing.assert_array_equal(unfold(segment_ids, branch_ids, (1, 9)), [[0, 1, 0, 2, 3, 4, 5, 6, -1]])
+    np.testing.assert_array_equal(unfolded_index(segment_ids, branch_ids, (1, 9)), [[0, 1, 0, 2, 3, 4, 5, 6, -1]])
     rows = [[0, 1, -1, -1], [0, 2, 3, -1], [4, 5, 6, -1], [-1, -1, -1, -1]]
-    np.testing.assert_array_equal(unfold(segment_ids, branch_ids, (4, 4)), rows)
+    np.testing.assert_array_equal(unfolded_index(segment_ids, branch_ids, (4, 4)), rows)
 
 
 @pytest.mark.parametrize("images, questions, rejected", [(1, 1, True), (1, 3, True), (2, 2, True), (2, 2, False)])

@@ -22,7 +22,7 @@ from phantom_jax.training.places import Places
 from phantom_jax.training.workdir import sole_owner
 from tests.training.toy import Scores, SelfStopping, ToyIterator, make_task, score, toy_config
 
-TIMES = ("tokens_per_second", "images_per_second", "data_wait")
+TIMES = ("_per_second", "data_wait", "tower_share", "mfu", "device_memory_bytes")
 
 
 def records(workdir):
