@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phantom_jax.models import zoo
 from phantom_jax.models.decoder import Decoder
-from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.structure import Structure
 from phantom_jax.sharding.mesh import AXES
 
 

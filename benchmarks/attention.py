@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from phantom_jax.errors import InputError
-from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.ops.attention import attention
 from phantom_jax.ops.backends import BACKENDS, check_backend
+from phantom_jax.ops.structure import Structure
 
 
 def make_inputs(arguments, head_dim, value_width):

@@ -41,7 +41,8 @@ from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel
 from phantom_jax.models.zoo import MODELS
 from phantom_jax.ops import norm, rope
-from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.ops.attention import attention
+from phantom_jax.ops.structure import Structure
 
 # Bytes a second of the memory of accelerators, from their data sheets; other cards of a family have other figures.
 BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12, "NVIDIA A100-SXM4-80GB": 2.04e12}

@@ -31,8 +31,8 @@ from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
-from phantom_jax.ops.attention import Structure
 from phantom_jax.ops.rope import RopeConfig
+from phantom_jax.ops.structure import Structure
 from phantom_jax.training.metrics import thousands
 
 VOCABULARY = 4096

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from phantom_jax.models.phantom import PhantomConfig, PhantomStates
-from phantom_jax.ops.attention import Structure
 from phantom_jax.ops.quantize import dequantize_heads, quantize_heads
+from phantom_jax.ops.structure import Structure
 
 
 @functools.partial(

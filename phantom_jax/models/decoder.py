@@ -26,8 +26,8 @@ from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_s
 from phantom_jax.models.remat import KEY, MIXED, QUERY, VALUE, rematerialized
 from phantom_jax.ops import cross_entropy
 from phantom_jax.ops import rope as rotary
-from phantom_jax.ops.attention import Structure
 from phantom_jax.ops.linear import linear
+from phantom_jax.ops.structure import Structure
 from phantom_jax.sizes import MOST_LAYERS, check_positive, check_size
 from phantom_jax.trees import flatten, unflatten
 

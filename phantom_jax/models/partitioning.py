@@ -16,9 +16,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from phantom_jax import axes
-from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.ops.attention import attention
 from phantom_jax.ops.linear import Kernel, LowRankKernel
 from phantom_jax.ops.quantize import QuantizedTensor
+from phantom_jax.ops.structure import Structure
 
 Names = Sequence[str | None]
 Rules = Sequence[tuple[str, str | tuple[str, ...]]]

@@ -7,7 +7,7 @@ row of segments, and its output is gathered back, so that labels, objectives and
 import jax
 import jax.numpy as jnp
 
-from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.structure import Structure
 
 
 def unfold(x_BLD: jax.Array, structure: Structure, index_BCU: jax.Array) -> tuple[jax.Array, Structure]:

@@ -16,7 +16,7 @@ from phantom_jax.models.partitioning import constrain
 from phantom_jax.models.projector import Projector, ProjectorConfig
 from phantom_jax.models.unfold import fold, unfold
 from phantom_jax.models.vision_tower import VisionTower, VisionTowerConfig
-from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.structure import Structure
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,9 +73,40 @@ def linear(x: jax.Array, kernel: Kernel, inputs: int, dtype: Any, output_dtype: 
     return _contract(x, kernel.astype(dtype), inputs, output_dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _contract(x, kernel, inputs, output_dtype=None):
+    """The product of floats, with a backward pass of its own for the order of its operands.
+
+    A CPU transposes the first operand where rows are summed over. Of the kernel's gradient that is the smaller one
+    here, while the derivative of the product would take the gradient of the outputs, and compute it once more.
+    """
+    return _contract_forward(x, kernel, inputs, output_dtype)[0]
+
+
+def _contract_forward(x, kernel, inputs, output_dtype):
     dimensions = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    return jax.lax.dot_general(x, kernel, (dimensions, ((), ())), preferred_element_type=output_dtype)
+    y = jax.lax.dot_general(x, kernel, (dimensions, ((), ())), preferred_element_type=output_dtype)
+    return y, (x, kernel)
+
+
+def _contract_backward(inputs, output_dtype, kept, dy):
+    x, kernel = kept
+    rows = tuple(range(x.ndim - inputs))
+    first, second = (x, dy) if x.size <= dy.size else (dy, x)
+    d_kernel = jax.lax.dot_general(first, second, ((rows, rows), ((), ())), preferred_element_type=output_dtype)
+    if first is dy:
+        outputs = kernel.ndim - inputs
+        d_kernel = jnp.transpose(d_kernel, (*range(outputs, kernel.ndim), *range(outputs)))
+    return _input_gradient(dy, kernel, inputs).astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
+
+
+def _input_gradient(dy, kernel, inputs):
+    outputs = kernel.ndim - inputs
+    dimensions = (tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(inputs, kernel.ndim)))
+    return jax.lax.dot_general(dy, kernel, (dimensions, ((), ())), preferred_element_type=dy.dtype)
 
 
 def _drop(x, rate, key):
@@ -98,11 +129,7 @@ def _quantized_forward(x, tensor, dtype, output_dtype):
 
 def _quantized_backward(dtype, output_dtype, tensor, dy):
     del output_dtype
-    kernel, inputs = dequantize(tensor, dtype), len(tensor.input_shape)
-    outputs = len(tensor.output_shape)
-    dimensions = (tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(inputs, inputs + outputs)))
-    dx = jax.lax.dot_general(dy, kernel, (dimensions, ((), ())), preferred_element_type=dy.dtype)
-    return dx.astype(dtype), None
+    return _input_gradient(dy, dequantize(tensor, dtype), len(tensor.input_shape)).astype(dtype), None
 
 
 _quantized.defvjp(_quantized_forward, _quantized_backward)

@@ -9,7 +9,7 @@ from phantom_jax.models.cache import empty_cache
 from phantom_jax.models.decoder import DecoderLayer, _Context
 from phantom_jax.models.phantom import PhantomConfig, fold_heads, head_cross_attention
 from phantom_jax.ops import rope
-from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.structure import Structure
 from tests.generation.run import unrolled
 from tests.models import small
 
@@ -104,7 +104,7 @@ def test_a_vanishing_phantom_branch_is_the_plain_decoder():
     zero = small.with_decoder(phantom=PhantomConfig(eta=0.0))
     plain = small.with_decoder(phantom=None)
     ours = logits_of(small.VisionLanguageModel(zero), params, batch)
-    np.testing.assert_allclose(ours, logits_of(small.VisionLanguageModel(plain), params, batch), atol=1e-6)
+    np.testing.assert_allclose(ours, logits_of(small.VisionLanguageModel(plain), params, batch), atol=5e-6)
     with_branch = logits_of(small.VisionLanguageModel(small.CONFIG), params, batch)
     assert np.abs(with_branch - ours).max() > 0.1, "the branch must matter for the test to mean something"
 

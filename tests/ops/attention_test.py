@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phantom_jax.ops.attention import Structure, attention, visible
+from phantom_jax.ops.attention import attention
+from phantom_jax.ops.structure import Structure, visible
 
 
 def random_inputs(length=37, value_width=12, seed=0):

@@ -8,7 +8,8 @@ import pytest
 from phantom_jax.errors import InputError
 from phantom_jax.ops import attention as attention_module
 from phantom_jax.ops import backends, cudnn
-from phantom_jax.ops.attention import Structure, attention
+from phantom_jax.ops.attention import attention
+from phantom_jax.ops.structure import Structure
 from tests.ops import packed
 
 

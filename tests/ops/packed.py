@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.structure import Structure
 
 
 def inputs(rows=2, length=130, heads=4, kv_heads=2, head_dim=16, value_width=16, dtype=jnp.float32):

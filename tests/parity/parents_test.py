@@ -11,7 +11,7 @@ import transformers
 from phantom_jax.checkpoints.assemble import assemble
 from phantom_jax.models.decoder import Decoder
 from phantom_jax.models.vision_tower import VisionTower
-from phantom_jax.ops.attention import Structure
+from phantom_jax.ops.structure import Structure
 from phantom_jax.trees import flatten, unflatten
 from tests.checkpoints import parent_folders as folders
 from tests.parity.language_models import language_model, stir

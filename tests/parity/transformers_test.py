@@ -13,9 +13,9 @@ from phantom_jax.checkpoints.tensor_files import TensorFiles
 from phantom_jax.models.decoder import Decoder, DecoderConfig
 from phantom_jax.models.vision_tower import VisionTower
 from phantom_jax.models.zoo import clip_large
-from phantom_jax.ops.attention import Structure
 from phantom_jax.ops.image import resize_grid
 from phantom_jax.ops.rope import RopeConfig
+from phantom_jax.ops.structure import Structure
 from phantom_jax.trees import unflatten
 from tests.parity.language_models import LONGROPE, language_model, llama_config, stir
 
