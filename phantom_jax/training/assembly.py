@@ -1,7 +1,6 @@
 """A task put together from a config: its model with its weights, its data, and how to export."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +19,6 @@ from phantom_jax.training.task import (
 )
 from phantom_jax.trees import flatten, unflatten
 
-_NOT_OF_ROWS = ("sources", "split", "threads", "template", "image_mode")
-"""Keys of `phases[].data` that `pipeline.RowOptions` does not hold."""
-
 
 def assemble(config: Mapping[str, Any]) -> Task:
     """Builds the model and the data pipeline that a resolved config names.
@@ -35,15 +31,13 @@ def assemble(config: Mapping[str, Any]) -> Task:
     from phantom_jax.checkpoints.hf import Checkpoint, Origin
     from phantom_jax.checkpoints.hf_config import TokenIds, publish
     from phantom_jax.checkpoints.special_tokens import with_tokens
-    from phantom_jax.data import pairs, pipeline, sources
-    from phantom_jax.data.rows import RowStructure
-    from phantom_jax.ops.backends import SUPPORTS, check_backend
+    from phantom_jax.data import sources
+    from phantom_jax.ops.backends import check_backend
     from phantom_jax.training.adapters import adapter_of
     from phantom_jax.training.beginning import open_weights
+    from phantom_jax.training.run_data import RunData
 
-    backend = config["model"]["attention_backend"]
-    check_backend(backend, jnp.dtype(config["model"]["dtype"]))
-    structure = RowStructure(SUPPORTS[backend].branches, SUPPORTS[backend].segments)
+    check_backend(config["model"]["attention_backend"], jnp.dtype(config["model"]["dtype"]))
     name, data_dir = _data_set(config), config["data"]["data_dir"]
     templates = _templates(config)
     begins = open_weights(config["model"], config["processor"]["template"]) if config["model"]["weights"] else None
@@ -73,56 +67,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     processor = processors[-1]
     task = model_task(config, model_config, mean=processor.mean, std=processor.std)
 
-    @functools.cache
-    def open_split(split):
-        return sources.open_records(name, split, data_dir)
-
-    @functools.cache
-    def training_rows(index):
-        phase = config["phases"][index]
-        options = {key: value for key, value in phase["data"].items() if key not in _NOT_OF_ROWS}
-        options["max_digits"] = options["max_digits"] or None
-        options = pipeline.RowOptions(
-            **options,
-            # Only a preference reads wrong answers; leaving them out saves their tokens.
-            rejected=phase["objective"]["name"] != "sft",
-            pair_ids=phase["objective"].get("reference") == "stored",
-            structure=structure,
-        )
-        # Not a sum: the phases of one seed would be shifted phases of the next.
-        seed = int(np.random.SeedSequence([config["seed"], index]).generate_state(1)[0])
-        return pipeline.TrainingRows(open_split(phase["data"]["split"]), processors[index], options, seed)
-
-    def train_iterator(index):
-        phase = config["phases"][index]
-        rows, threads = training_rows(index), phase["data"]["threads"]
-        return pipeline.row_iterator(rows, batch_size=phase["batch_size"], threads=threads)
-
-    def all_pairs(index):
-        phase = config["phases"][index]
-        return pairs.PairBatches(training_rows(index), phase["batch_size"] // phase["accumulation"])
-
-    def remarks(index):
-        shape = training_rows(index).shape
-        if shape.unfolded is not None:
-            count, length = shape.unfolded
-            yield (
-                f"attention backend {backend!r} cannot keep conversations of one row apart: each gets a copy of what"
-                f" they share, so rows of {shape.length:,} tokens take {count} x {length:,}"
-                f" ({count * length / shape.length:.2f} times as many)"
-            )
-
-    @functools.cache
-    def validation_batches():
-        settings = config["validation"]
-        records = open_split(settings["split"])
-        chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
-        return pipeline.evaluation_batches(chosen, processor, batch_size=settings["batch_size"], structure=structure)
-
-    if config["validation"]["every"]:
-        # A split that does not exist shall come up now.
-        open_split(config["validation"]["split"])
-
+    data = RunData(config, name, processors)
     special = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
     published, unused, origin = publish(model_config), {}, Origin(data=(name,))
     if begins is not None:
@@ -149,13 +94,13 @@ def assemble(config: Mapping[str, Any]) -> Task:
 
     return dataclasses.replace(
         task,
-        train_iterator=train_iterator,
-        validation_batches=validation_batches,
+        train_iterator=data.train_iterator,
+        validation_batches=data.validation_batches,
         export=export,
         export_adapter=export_adapter,
         load_params=None if begins is None else begins.load_params,
-        pairs=all_pairs,
-        remarks=remarks,
+        pairs=data.pairs,
+        remarks=data.remarks,
     )
 
 

@@ -1,6 +1,7 @@
 """What of a model a phase trains, in full or by low-rank factors, and what it keeps in few bits."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,15 @@ class Division:
         frozen.clear()
         # Popped: the last reference to the floats must go before the next kernel is quantised.
         return unflatten({path: self.quantize(path, flat.pop(path)) for path in list(flat)})
+
+    def quantized_shapes(self, frozen: Params) -> dict[str, Any]:
+        """What `quantize_frozen` makes of shapes; nothing is computed."""
+        return unflatten(
+            {
+                path: jax.eval_shape(functools.partial(self.quantize, path), leaf)
+                for path, leaf in flatten(frozen).items()
+            }
+        )
 
     @property
     def adapts_quantized(self) -> bool:
@@ -133,10 +143,3 @@ def _check_boundary(before: Division, after: Division, index: int) -> None:
             f" {before.kind} codes alone. Keep the same kernels quantised to {before.kind} there as well. Otherwise:"
             f" {remedy}"
         )
-
-
-def quantized_shapes(division: Division, frozen: Params) -> dict[str, Any]:
-    """What `quantize_frozen` makes of shapes; nothing is computed."""
-    flat = flatten(frozen)
-    forms = {path: jax.eval_shape(lambda x, path=path: division.quantize(path, x), leaf) for path, leaf in flat.items()}
-    return unflatten(forms)

@@ -22,10 +22,10 @@ from phantom_jax.sharding.mesh import training_mesh
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.assembly import assemble
 from phantom_jax.training.exports import Exports
-from phantom_jax.training.phase import Phase, Progress, Say
+from phantom_jax.training.phase import Phase, Say
 from phantom_jax.training.places import Places, check_mesh
 from phantom_jax.training.profiler import Profiler
-from phantom_jax.training.state import Params
+from phantom_jax.training.state import Params, Progress
 from phantom_jax.training.task import Task
 from phantom_jax.training.workdir import check_workdir, claim_workdir, sole_owner
 from phantom_jax.training.writers import check_writers, open_writers
@@ -102,7 +102,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                     state, params = phase.start(params, exports.keep_base(index)), None
                     progress.phase, progress.phase_step = index, 0
 
-                for line in task.remarks(index):
+                for line in (phase.summary, *task.remarks(index)):
                     say(line)
                 iterator = phase.with_references(iterator, state, progress, workdir / "reference", stop)
 

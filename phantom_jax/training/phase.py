@@ -1,6 +1,7 @@
 """One phase of a run: its state, its compiled steps and its loop."""
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,19 +15,21 @@ from phantom_jax import accounting
 from phantom_jax.errors import Diverged, Preempted
 from phantom_jax.objectives import OBJECTIVES
 from phantom_jax.training import metrics as metrics_lib
-from phantom_jax.training.division import divide, quantized_shapes
+from phantom_jax.training.division import divide
 from phantom_jax.training.optimizer import make_optimizer
 from phantom_jax.training.places import Places
 from phantom_jax.training.profiler import Profiler
+from phantom_jax.training.program import Program
 from phantom_jax.training.reference import (
     ReferenceIterator,
     compute_references,
     load_references,
     make_reference_step,
 )
-from phantom_jax.training.state import Params, TrainState, merge, split, start_phase
+from phantom_jax.training.state import Params, Progress, TrainState, merge, split, start_phase
 from phantom_jax.training.step import make_train_step, make_validation_step
 from phantom_jax.training.task import DataIterator, Task
+from phantom_jax.training.validation import run_validation
 from phantom_jax.trees import flatten
 
 # Keeps the random numbers of adapters apart from those of the data.
@@ -35,27 +38,14 @@ _LORA_STREAM = 1
 Say = Callable[[str], None]
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands.
+class Phase:
+    """One phase: its state, its compiled steps and its loop.
 
     Attributes:
-      phase: index of the phase.
-      phase_step: steps done of it.
-      step: steps done over all phases; names checkpoints.
-      tokens: real tokens seen over all phases.
-      images: images seen over all phases.
+      name, steps: of the phase.
+      division: of the parameters.
+      summary: a line that says how many of them train.
     """
-
-    phase: int = 0
-    phase_step: int = 0
-    step: int = 0
-    tokens: int = 0
-    images: int = 0
-
-
-class Phase:
-    """One phase: its state, its compiled steps and its loop."""
 
     def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, places: Places, say: Say):
         phase = config["phases"][index]
@@ -84,7 +74,7 @@ class Phase:
 
         self._places, self._start = places, start
         abstract = jax.eval_shape(start, shapes)
-        self._abstract = abstract.replace(frozen=quantized_shapes(self.division, abstract.frozen))
+        self._abstract = abstract.replace(frozen=self.division.quantized_shapes(abstract.frozen))
         self._shardings = places.state(self._abstract)
         objective = dict(phase["objective"])
         step = make_train_step(
@@ -100,11 +90,14 @@ class Phase:
         if task.model is not None:
             flops = accounting.step_flops(task.model, abstract.trainable)
             self._count_flops = lambda batch: flops(metrics_lib.count_work(batch, task.model))
+        trained, kept = map(_count, (abstract.trainable, abstract.frozen))
+        share = trained / (trained + kept)
+        self.summary = f"phase {self.name!r} trains {trained:,} of {trained + kept:,} parameters ({share:.2%})"
         self._meter = metrics_lib.Meter()
         step = jax.jit(places.traced(step), donate_argnums=0, out_shardings=(self._shardings, places.whole))
-        self._step = _Compiled(step, f"{self.name} step", self._announce)
+        self._step = Program(step, f"{self.name} step", self._announce)
         validate = jax.jit(places.traced(make_validation_step(task.score, lora)), out_shardings=places.whole)
-        self._validate = _Compiled(validate, f"{self.name} validation", self._announce)
+        self._validate = Program(validate, f"{self.name} validation", self._announce)
 
     def _announce(self, line: str) -> None:
         self._meter.pause()
@@ -253,22 +246,15 @@ class Phase:
 
     def _run_validation(self, state: TrainState, progress: Progress, log: metrics_lib.MetricsLog) -> None:
         began = time.perf_counter()
-        with jax.transfer_guard("disallow"):
-            sums = [
-                self._validate(state.trainable, state.frozen, self._places.batch(batch))
-                for batch in self._task.validation_batches()
-            ]
-            sums = jax.device_get(sums)
-        means = {}
-        for name in sums[0] if sums else ():
-            total, weight = (sum(float(part[name][which]) for part in sums) for which in (0, 1))
-            means[f"validation/{name}"] = total / weight if weight else 0.0
-        questions = sum(float(part["exact_match"][1]) for part in sums)
-        log.write({"step": progress.step, "phase": self.name, **means, "validation/questions": questions})
+        batches = map(self._places.batch, self._task.validation_batches())
+        metrics = run_validation(lambda batch: self._validate(state.trainable, state.frozen, batch), batches)
+        log.write({"step": progress.step, "phase": self.name} | metrics)
         self._say(
             f"validation after step {progress.phase_step}/{self.steps} {self.name}"
-            f" loss {means.get('validation/loss', 0.0):.4g} exact match {means.get('validation/exact_match', 0.0):.1%}"
-            f" of {questions:.0f} questions in {metrics_lib.duration(time.perf_counter() - began)}"
+            f" loss {metrics.get('validation/loss', 0.0):.4g}"
+            f" exact match {metrics.get('validation/exact_match', 0.0):.1%}"
+            f" of {metrics['validation/questions']:.0f} questions"
+            f" in {metrics_lib.duration(time.perf_counter() - began)}"
         )
 
     def with_references(
@@ -290,7 +276,7 @@ class Phase:
         pairs, folder = self._task.pairs(self._index), folder / self.name
         if progress.phase_step == 0:
             step = jax.jit(self._places.traced(make_reference_step(self._task.score)), out_shardings=self._places.whole)
-            refer = _Compiled(step, f"{self.name} reference", self._announce)
+            refer = Program(step, f"{self.name} reference", self._announce)
 
             def score(batch):
                 with jax.transfer_guard("disallow"):
@@ -301,27 +287,5 @@ class Phase:
         return ReferenceIterator(iterator, load_references(folder, pairs))
 
 
-class _Compiled:
-    """A jitted function, compiled ahead once for each shape of its last argument, which it announces.
-
-    What was compiled takes no other shapes, so nothing is ever compiled unseen.
-    """
-
-    def __init__(self, jitted: Any, what: str, announce: Say):
-        self._jitted, self._what, self._announce = jitted, what, announce
-        self._programs = {}
-
-    def trace(self, *args):
-        return self._jitted.trace(*args)
-
-    def __call__(self, *args):
-        leaves, structure = jax.tree.flatten(args[-1])
-        shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-        if shapes not in self._programs:
-            self._announce(f"compiling the {self._what} ...")
-            began = time.perf_counter()
-            self._programs[shapes] = self._jitted.lower(*args).compile()
-            seconds = time.perf_counter() - began
-            memory = metrics_lib.compiled_memory(self._programs[shapes])
-            self._announce(f"compiled the {self._what} in {seconds:.1f}s{memory}")
-        return self._programs[shapes](*args)
+def _count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in flatten(params).values())

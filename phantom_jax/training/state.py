@@ -3,6 +3,7 @@
 Parameters are nested dictionaries, named by paths such as `language_model/layers/attention/query/kernel`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,25 @@ from phantom_jax.patterns import match
 from phantom_jax.trees import flatten, unflatten
 
 Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; `TrainState` is what it stands there with.
+
+    Attributes:
+      phase: index of the phase.
+      phase_step: steps done of it.
+      step: steps done over all phases; names checkpoints.
+      tokens: real tokens seen over all phases.
+      images: images seen over all phases.
+    """
+
+    phase: int = 0
+    phase_step: int = 0
+    step: int = 0
+    tokens: int = 0
+    images: int = 0
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -102,9 +102,13 @@ def test_learning_rates_follow_the_phase_and_end_with_it(whole):
 
 def test_the_lines_say_what_happens(whole):
     lines = whole["lines"]
-    assert lines[:2] == ["opening the data ...", "compiling the first step ..."]
+    assert lines[0] == "opening the data ..." and lines[2] == "compiling the first step ..."
+    total = sum(leaf.size for leaf in jax.tree.leaves(whole["params"]))
+    head = sum(leaf.size for leaf in jax.tree.leaves(whole["params"]["head"]))
+    assert lines[1] == f"phase 'first' trains {total:,} of {total:,} parameters (100.00%)"
+    assert any(line.startswith(f"phase 'second' trains {head:,} of {total:,} parameters (") for line in lines)
     assert re.fullmatch(
-        r"compiled the first step in .*s, .*iB of arguments and .*iB in between on each device", lines[2]
+        r"compiled the first step in .*s, .*iB of arguments and .*iB in between on each device", lines[3]
     )
     [line] = [line for line in lines if line.startswith("step 3/7 first loss ")]
     for part in (" gnorm ", " lr 1.0e-02 ", " tok/s ", " img/s ", " data ", " eta "):
