@@ -25,6 +25,7 @@ import numpy as np
 from flax.linen import meta
 
 from phantom_jax import accounting
+from phantom_jax.batch import IGNORE
 from phantom_jax.models import zoo
 from phantom_jax.models.decoder import Decoder, DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig
@@ -65,23 +66,26 @@ def ours(rows: int, length: int, sizes: DecoderConfig, ids: np.ndarray, phantom:
     zeros = jnp.zeros((rows, length), jnp.int32)
     structure = Structure(zeros + jnp.arange(length)[None], zeros + 1, zeros)
 
-    def logits(decoder, ids):
-        return decoder.logits(decoder(decoder.embed(ids), structure, rope_length=length).hidden)
+    def log_probs(decoder, ids, targets):
+        hidden = decoder(decoder.embed(ids), structure, rope_length=length).hidden
+        return decoder.target_scores(hidden, targets)[0]
 
     ids = jnp.asarray(ids, jnp.int32)
+    targets = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
     # Parameters in the computation's dtype, as the peer has them.
-    init = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), meta.unbox(model.init(key, ids, method=logits))))
+    init = jax.jit(
+        lambda key: jax.tree.map(lambda x: x.astype(dtype), meta.unbox(model.init(key, ids, targets, method=log_probs)))
+    )
     params = init(jax.random.key(0))
 
     @jax.jit
-    def step(params, ids):
+    def step(params, ids, targets):
         def loss(params):
-            predictions = jax.nn.log_softmax(model.apply(params, ids, method=logits)[:, :-1])
-            return -jnp.take_along_axis(predictions, ids[:, 1:, None], axis=-1).mean()
+            return -model.apply(params, ids, targets, method=log_probs).sum() / (rows * (length - 1))
 
         return jax.value_and_grad(loss)(params)
 
-    return lambda: jax.block_until_ready(step(params, ids))
+    return lambda: jax.block_until_ready(step(params, ids, targets))
 
 
 def peer(rows: int, length: int, sizes: DecoderConfig, ids: np.ndarray, dtype: str):

@@ -79,6 +79,26 @@ def test_chunked_gradients_equal_xla():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["xla", "chunked"])
+def test_gradients_where_whole_blocks_are_padding(backend):
+    query, key, value = random_inputs(length=24)
+    zeros = jnp.zeros((2, 24), jnp.int32)
+    structure = Structure(zeros + jnp.arange(24)[None], zeros + (jnp.arange(24) < 5)[None], zeros)
+    alone = Structure(*(leaf[:, :5] for leaf in (structure.positions, structure.segment_ids, zeros)))
+
+    def loss(inputs, structure):
+        out = attention(
+            *inputs, scale=0.3, query_structure=structure, key_structure=structure, backend=backend, chunk=8
+        )
+        return jnp.sum(jnp.sin(out))
+
+    padded = jax.grad(loss)((query, key, value), structure)
+    expected = jax.grad(loss)(tuple(x[:, :5] for x in (query, key, value)), alone)
+    for ours, theirs in zip(padded, expected, strict=True):
+        np.testing.assert_allclose(ours[:, :5], theirs, atol=1e-6)
+        np.testing.assert_array_equal(ours[:, 5:], 0)
+
+
 def array_shapes(jaxpr):
     """Shapes of every value in a jaxpr and in those inside it."""
     for equation in jaxpr.eqns:
