@@ -11,9 +11,7 @@ from collections.abc import Iterable, Sequence
 from phantom_jax.errors import InputError
 
 
-def match(
-    patterns: Sequence[str], paths: Iterable[str], *, what: str = "trainable", noun: str = "parameter"
-) -> set[str]:
+def match(patterns: Sequence[str], paths: Iterable[str], *, what: str, noun: str = "parameter") -> set[str]:
     """The paths that any of the patterns matches.
 
     Args:

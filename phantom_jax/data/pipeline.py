@@ -34,6 +34,7 @@ class RowOptions:
       rejected: whether the wrong answers come too; then some question must have one.
       pair_ids: whether rows say which question each of their pairs is.
       structure: what the model's attention tells apart.
+      multiple: of which rows have some number of tokens, for devices that share a row out.
     """
 
     questions_per_image: int = 1
@@ -43,6 +44,7 @@ class RowOptions:
     rejected: bool = False
     pair_ids: bool = False
     structure: RowStructure = KNOWS_ALL
+    multiple: int = 1
 
     def __post_init__(self):
         for name in ("questions_per_image", "images_per_row", "max_digits"):
@@ -117,7 +119,8 @@ class TrainingRows:
 
     def single_shape(self) -> RowShape:
         """The shape of a row that holds any one of the records, with as many questions as a training row, and ids."""
-        options, bound = self.options, Bound(*(int(lengths.max()) for lengths in self._lengths))
+        options = self.options
+        bound = Bound(*(int(lengths.max()) for lengths in self._lengths)).rounded_up(options.multiple)
         unfolded = options.structure.unfolded(1, options.questions_per_image * (1 + options.rejected), bound)
         tiles = int(self._tiles.max())
         return RowShape(bound.shared, tiles, options.questions_per_image, options.structure, unfolded)
@@ -176,6 +179,7 @@ class TrainingRows:
 
         pairs = options.images_per_row * options.questions_per_image
         bound = Bound(most(up_to_size(shared)), most(up_to_size(apart)), int(longest.max()))
+        bound = bound.rounded_up(options.multiple)
         return RowShape(
             bound.shared,
             most(self._tiles),
@@ -229,7 +233,12 @@ def row_iterator(rows: TrainingRows, *, batch_size: int, threads: int = 1) -> gr
 
 
 def evaluation_batches(
-    records: Sequence[Record], processor: Processor, *, batch_size: int, structure: RowStructure = KNOWS_ALL
+    records: Sequence[Record],
+    processor: Processor,
+    *,
+    batch_size: int,
+    structure: RowStructure = KNOWS_ALL,
+    multiple: int = 1,
 ) -> list[Batch]:
     """Every question of every record once, for scoring given answers: a row a record, its questions as branches.
 
@@ -242,8 +251,8 @@ def evaluation_batches(
         tiles = count_tiles(record, processor)
         sizes.append((len(questions), tiles, *bound(record, questions, tiles, len(questions))))
     questions, tiles, *lengths = np.max(sizes, axis=0).tolist()
-    unfolded = structure.unfolded(1, questions, Bound(*lengths))
-    shape = RowShape(lengths[0], tiles, structure=structure, unfolded=unfolded)
+    most = Bound(*lengths).rounded_up(multiple)
+    shape = RowShape(most.shared, tiles, structure=structure, unfolded=structure.unfolded(1, questions, most))
     batches = []
     for start in range(0, len(asking), batch_size):
         part = asking[start : start + batch_size]

@@ -35,6 +35,10 @@ class Bound(NamedTuple):
     apart: int
     longest: int
 
+    def rounded_up(self, multiple: int) -> "Bound":
+        """To multiples of a number."""
+        return Bound(*(-(-tokens // multiple) * multiple for tokens in self))
+
 
 @dataclasses.dataclass(frozen=True)
 class RowStructure:

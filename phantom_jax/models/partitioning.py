@@ -155,7 +155,7 @@ def look_up(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
         take,
         in_specs=(PartitionSpec(None, channels), PartitionSpec()),
         out_specs=PartitionSpec(None, None, channels),
-        axis_names={channels},
+        axis_names=set(_mesh_axes(channels)),
     )(table_VD, ids_BL)
 
 

@@ -35,7 +35,9 @@ SUPPORTS = {
     "xla": Supports(),
     "chunked": Supports(),
     "splash": Supports("tpu", branches=False, cache=False),
-    "cudnn": Supports("gpu", False, False, False, False, ("bfloat16", "float16")),
+    "cudnn": Supports(
+        "gpu", segments=False, branches=False, cache=False, split_rows=False, dtypes=("bfloat16", "float16")
+    ),
 }
 BACKENDS = tuple(SUPPORTS)
 
@@ -102,7 +104,7 @@ def check_tokens(name: str, length: int, keys: int, split: int = 1) -> None:
 
 def honoured(name: str, segment_ids_BL: Any, branch_ids_BL: Any) -> Any:
     """bool [B]: which rows a backend computes as they are meant. NumPy arrays for NumPy arrays."""
-    rows = segment_ids_BL[:, 0] >= 0  # all of them
+    rows = (segment_ids_BL >= 0).all(axis=1)  # all of them
     if not SUPPORTS[name].branches:
         rows &= (branch_ids_BL == 0).all(axis=1)
     if not SUPPORTS[name].segments:

@@ -48,30 +48,35 @@ def _attend(query, key, value, query_structure, key_structure, scale, sides, nam
 
 
 def _forward(query, key, value, query_structure, key_structure, scale, sides, name):
-    keys = _split((key, value, key_structure), sides[1])
+    blocked, blocks_of_keys = sides != (query.shape[1], key.shape[1]), _split((key, value, key_structure), sides[1])
 
-    def one_query_block(_, block):
-        query, structure = block
-        batch, length, kv_heads, groups, _ = query.shape
-        shape = (batch, kv_heads, length, groups)
+    def one_query_block(_, query_block):
+        query_BLKGH, structure = query_block
+        shape = tuple(query_BLKGH.shape[axis] for axis in (0, 2, 1, 3))
         start = (
             jnp.full(shape, _MASKED, jnp.float32),
             jnp.zeros(shape, jnp.float32),
             jnp.zeros((*shape, value.shape[3]), jnp.float32),
         )
 
-        def one_key_block(state, block):
-            peak, total, out = state
-            key, value, key_structure = block
+        def one_key_block(state, key_block):
+            key_BSKH, value_BSKE, key_structure = key_block
             mask = _mask(structure, key_structure)
-            scores = _scores(query, key, mask, scale)
-            new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
-            weights = _where(mask, jnp.exp(scores - new_peak[..., None]), 0.0)
-            keep = jnp.exp(peak - new_peak)
-            update = _product(weights.astype(value.dtype), value, (4, 1), ((0, 1), (0, 2)))
-            return (new_peak, total * keep + jnp.sum(weights, axis=-1), out * keep[..., None] + update), None
 
-        (peak, total, out), _ = _loop(one_key_block, start, keys)
+            def attended(state):
+                peak, total, out = state
+                scores = _scores(query_BLKGH, key_BSKH, mask, scale)
+                new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+                weights_BKLGS = _where(mask, jnp.exp(scores - new_peak[..., None]), 0.0)
+                keep = jnp.exp(peak - new_peak)
+                # bklgs,bske->bklge
+                update = _product(weights_BKLGS.astype(value.dtype), value_BSKE, (4, 1), ((0, 1), (0, 2)))
+                total = total * keep + jnp.sum(weights_BKLGS, axis=-1)
+                return new_peak, total, out * keep[..., None] + update
+
+            return _where_seen(mask if blocked else None, attended, lambda state: state, state), None
+
+        (peak, total, out), _ = _loop(one_key_block, start, blocks_of_keys)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return None, (jnp.swapaxes(out / total[..., None], 1, 2), jnp.swapaxes(peak + jnp.log(total), 1, 2))
 
@@ -80,30 +85,43 @@ def _forward(query, key, value, query_structure, key_structure, scale, sides, na
     return out, (query, key, value, query_structure, key_structure, out, log_total)
 
 
-def _backward(scale, sides, name, kept, gradient):
+def _backward(scale, sides, name, kept, d_out):
     del name
     query, key, value, query_structure, key_structure, out, log_total = kept
+    blocked = sides != (query.shape[1], key.shape[1])
     # The softmax's own gradient: what all weights of a query share.
-    shared = jnp.sum(gradient * out, axis=-1)
-    queries = _split((query, gradient.astype(value.dtype), log_total, shared, query_structure), sides[0])
+    shared = jnp.sum(d_out * out, axis=-1)
+    blocks_of_queries = _split((query, d_out.astype(value.dtype), log_total, shared, query_structure), sides[0])
 
-    def one_key_block(d_query, block):
-        key, value, key_structure = block
+    def one_key_block(d_query, key_block):
+        key_BSKH, value_BSKE, key_structure = key_block
 
-        def one_query_block(state, block):
-            query, gradient, log_total, shared, structure = block
+        def one_query_block(sums, query_block):
+            query_BLKGH, d_out_BLKGE, *of_queries, structure = query_block
+            log_total_BKLG, shared_BKLG = (jnp.swapaxes(x, 1, 2) for x in of_queries)
             mask = _mask(structure, key_structure)
-            log_total, shared = (jnp.swapaxes(x, 1, 2)[..., None] for x in (log_total, shared))
-            weights = _where(mask, jnp.exp(_scores(query, key, mask, scale) - log_total), 0.0)
-            d_weights = _product(gradient, value, (4, 3), ((0, 2), (0, 2)))
-            d_scores = (scale * weights * (d_weights - shared)).astype(key.dtype)
-            d_query = jnp.swapaxes(_product(d_scores, key, (4, 1), ((0, 1), (0, 2))), 1, 2)
-            d_key = _product(query, d_scores, ((1, 3), (2, 3)), ((0, 2), (0, 1)))
-            d_value = _product(gradient, weights.astype(value.dtype), ((1, 3), (2, 3)), ((0, 2), (0, 1)))
-            return (state[0] + d_key, state[1] + d_value), d_query
 
-        zeros = tuple(jnp.zeros_like(_channels_first(x), jnp.float32) for x in (key, value))
-        sums, d_blocks = _loop(one_query_block, zeros, queries)
+            def attended(sums):
+                scores = _scores(query_BLKGH, key_BSKH, mask, scale)
+                weights_BKLGS = _where(mask, jnp.exp(scores - log_total_BKLG[..., None]), 0.0)
+                # blkge,bske->bklgs
+                d_weights = _product(d_out_BLKGE, value_BSKE, (4, 3), ((0, 2), (0, 2)))
+                d_scores_BKLGS = (scale * weights_BKLGS * (d_weights - shared_BKLG[..., None])).astype(key.dtype)
+                # bklgs,bskh->bklgh
+                d_query = jnp.swapaxes(_product(d_scores_BKLGS, key_BSKH, (4, 1), ((0, 1), (0, 2))), 1, 2)
+                # blkgh,bklgs->bkhs
+                d_key = _product(query_BLKGH, d_scores_BKLGS, ((1, 3), (2, 3)), ((0, 2), (0, 1)))
+                # blkge,bklgs->bkes
+                d_value = _product(d_out_BLKGE, weights_BKLGS.astype(value.dtype), ((1, 3), (2, 3)), ((0, 2), (0, 1)))
+                return (sums[0] + d_key, sums[1] + d_value), d_query
+
+            def unseen(sums):
+                return sums, jnp.zeros(query_BLKGH.shape, jnp.float32)
+
+            return _where_seen(mask if blocked else None, attended, unseen, sums)
+
+        zeros = tuple(jnp.zeros_like(jnp.moveaxis(x, 1, 3), jnp.float32) for x in (key_BSKH, value_BSKE))
+        sums, d_blocks = _loop(one_query_block, zeros, blocks_of_queries)
         return d_query + d_blocks, tuple(jnp.moveaxis(x, 3, 1) for x in sums)
 
     start = jnp.zeros(_split(query, sides[0]).shape, jnp.float32)
@@ -114,11 +132,6 @@ def _backward(scale, sides, name, kept, gradient):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _channels_first(x_BSKE: jax.Array) -> jax.Array:
-    """[B, K, E, S]."""
-    return jnp.moveaxis(x_BSKE, 1, 3)
 
 
 def _product(a, b, contracted, batch) -> jax.Array:
@@ -132,6 +145,13 @@ def _product(a, b, contracted, batch) -> jax.Array:
 
 def _mask(query: Structure | None, key: Structure | None) -> jax.Array | None:
     return None if query is None else visible(query, key)[:, None, :, None]
+
+
+def _where_seen(mask, attended, unseen, operand):
+    """`attended` of the operand, or `unseen` of it, which costs nothing, where no query of a block sees any key."""
+    if mask is None:
+        return attended(operand)
+    return jax.lax.cond(jnp.any(mask), attended, unseen, operand)
 
 
 def _where(mask, x, other):

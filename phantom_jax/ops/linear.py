@@ -43,6 +43,9 @@ class LowRankKernel:
         return self.kernel.shape
 
 
+# Up to so many rows a product is bound by reading the codes.
+_FEW_ROWS = 128
+
 Kernel = jax.Array | QuantizedTensor | LowRankKernel
 
 
@@ -117,14 +120,19 @@ def _drop(x, rate, key):
 def _quantized(x, tensor, dtype, output_dtype):
     """The product of training keeps the codes for the backward pass and makes floats of them again.
 
-    Differentiated as it stands, it would keep the floats of every layer: the memory that quantising saved. With the
-    many rows of a training batch, one product with a kernel that was made whole first is also the faster one.
+    Differentiated as it stands, it would keep the floats of every layer: the memory that quantising saved. With many
+    rows, one product with an NF4 kernel that was made whole first is also the faster one.
     """
-    return matmul(x, tensor, dtype, output_dtype)
+    return _quantized_forward(x, tensor, dtype, output_dtype)[0]
 
 
 def _quantized_forward(x, tensor, dtype, output_dtype):
-    return _contract(x, dequantize(tensor, dtype), len(tensor.input_shape), output_dtype), tensor
+    rows = x.size // math.prod(tensor.input_shape)
+    if tensor.kind == "int8" or rows <= _FEW_ROWS:
+        y = matmul(x, tensor, dtype, output_dtype)
+    else:
+        y = _contract(x, dequantize(tensor, dtype), len(tensor.input_shape), output_dtype)
+    return y, tensor
 
 
 def _quantized_backward(dtype, output_dtype, tensor, dy):

@@ -1,5 +1,7 @@
 """Which axes of the mesh split an array, for code that the compiler cannot split by itself."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -20,13 +22,13 @@ def size(name: str) -> int:
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
-    """The free axes over which so many rows are split: those whose product divides them, in the mesh's order."""
-    axes, parts = [], 1
-    for name, count in free_axes().items():
-        if name in ROWS and rows % (parts * count) == 0:
-            axes.append(name)
-            parts *= count
-    return tuple(axes)
+    """The free axes over which so many rows are split: all of `ROWS` whose product divides them, or the first alone."""
+    free = free_axes()
+    for names in (ROWS, ROWS[:1]):
+        names = tuple(name for name in names if name in free)
+        if rows % math.prod(free[name] for name in names) == 0:
+            return names
+    return ()
 
 
 def head_axis(heads: int) -> str | None:
@@ -43,6 +45,6 @@ def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
     """
     if head_axis(heads) is None:
         return x_BSKH
-    kv_heads, parts = x_BSKH.shape[2], size(HEADS)
-    repeats = next(r for r in range(1, heads + 1) if kv_heads * r % parts == 0 and heads % (kv_heads * r) == 0)
+    kv_heads = x_BSKH.shape[2]
+    repeats = math.lcm(kv_heads, size(HEADS)) // kv_heads
     return x_BSKH if repeats == 1 else jnp.repeat(x_BSKH, repeats, axis=2)

@@ -56,11 +56,12 @@ def recipe(size: str, arg: str | None) -> Any:
     Raises:
       InputError: a variant does not exist.
     """
-    variant = parse_arg(arg, method="full", base="int8", objective="po", smoke=False)
+    variant = parse_arg(arg, method="full", base="", objective="po", smoke=False)
     check_choice("method", variant.method, METHODS)
-    check_choice("base", variant.base, BASES)
     check_choice("objective", variant.objective, OBJECTIVES)
-    if "base=" in (arg or "") and variant.method != "qlora":
+    if variant.base:
+        check_choice("base", variant.base, BASES)
+    if variant.base and variant.method != "qlora":
         raise InputError(
             f"Variant base={variant.base} is of method=qlora, and the method is {variant.method}; leave base out, or"
             " take method=qlora."
@@ -104,7 +105,7 @@ def recipe(size: str, arg: str | None) -> Any:
     }
     if variant.method == "qlora":
         # A frozen language model of 8 bits in every step: the paper. NF4: ours.
-        both["quantize"] = {"kind": variant.base, "patterns": LINEARS}
+        both["quantize"] = {"kind": variant.base or "int8", "patterns": LINEARS}
     adapted = {}
     if variant.method != "full":
         # Rank and alpha: the paper. No dropout: ours. It says both that all parameters are unfrozen and that adapters

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
+from jax.experimental import mesh_utils
 
 from phantom_jax.errors import InputError
 
@@ -34,7 +34,9 @@ def make_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
     if count > len(devices):
         wanted = ", ".join(f"{name}:{size}" for name, size in shape.items())
         raise InputError(f"a mesh of {wanted} takes {count} devices, there are {len(devices)}: make it smaller")
-    return jax.sharding.Mesh(np.array(devices[:count]).reshape(sizes), AXES)
+    # In the order of the wires of a TPU's torus, so that neighbours of an axis are neighbours.
+    grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES)
 
 
 def training_mesh(sizes: Mapping[str, int], say: Callable[[str], None]) -> jax.sharding.Mesh:

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 
 from phantom_jax.batch import Batch
 from phantom_jax.sharding.mesh import make_mesh
+from phantom_jax.training.division import divide
 from phantom_jax.training.phase import Phase
 from phantom_jax.training.places import Places
 from phantom_jax.training.state import TrainState
 from phantom_jax.training.task import check_tile_size, make_model_config, model_task, resolve_image_mode
+from phantom_jax.trees import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,8 @@ def abstract_phase(config: Mapping[str, Any], index: int, mesh: jax.sharding.Mes
     mesh = mesh or make_mesh({})
     places = Places(mesh, config["mesh"]["strategy"], task.parameter_names)
     places.check(shapes)
-    phase = Phase(config, index, task, shapes, places, say=lambda line: None)
+    division = divide(config["phases"], list(flatten(shapes)))[index]
+    phase = Phase(config, index, task, shapes, division, places, say=lambda line: None)
     return AbstractPhase(phase.abstract_state(), abstract_batch(config, index, model), phase, mesh)
 
 

@@ -7,8 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from phantom_jax.checkpoints import adapter_folder, model_folder
+from phantom_jax.checkpoints.adapter import base_numbers
+from phantom_jax.checkpoints.arrays import cast
+from phantom_jax.checkpoints.hf import Checkpoint, Origin
+from phantom_jax.checkpoints.hf_config import TokenIds, publish
+from phantom_jax.checkpoints.special_tokens import with_tokens
+from phantom_jax.data import sources
+from phantom_jax.data.conversation import TEMPLATES
+from phantom_jax.data.sources import SOURCES
 from phantom_jax.errors import InputError
+from phantom_jax.ops.backends import check_backend
+from phantom_jax.processor import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor
+from phantom_jax.sharding.placement import on_host
+from phantom_jax.training.adapters import adapter_of
+from phantom_jax.training.beginning import open_weights
+from phantom_jax.training.run_data import RunData
 from phantom_jax.training.state import Params
 from phantom_jax.training.task import (
     Task,
@@ -20,23 +36,16 @@ from phantom_jax.training.task import (
 from phantom_jax.trees import flatten, unflatten
 
 
-def assemble(config: Mapping[str, Any]) -> Task:
+def assemble(config: Mapping[str, Any], mesh: Mesh) -> Task:
     """Builds the model and the data pipeline that a resolved config names.
+
+    Args:
+      config: resolved.
+      mesh: of the run. Rows have a number of tokens that its `seq` divides.
 
     Raises:
       InputError: if a name or a model override does not exist, or weights or data are not there.
     """
-    from phantom_jax.checkpoints import adapter_folder, model_folder
-    from phantom_jax.checkpoints.adapter import base_numbers
-    from phantom_jax.checkpoints.hf import Checkpoint, Origin
-    from phantom_jax.checkpoints.hf_config import TokenIds, publish
-    from phantom_jax.checkpoints.special_tokens import with_tokens
-    from phantom_jax.data import sources
-    from phantom_jax.ops.backends import check_backend
-    from phantom_jax.training.adapters import adapter_of
-    from phantom_jax.training.beginning import open_weights
-    from phantom_jax.training.run_data import RunData
-
     check_backend(config["model"]["attention_backend"], jnp.dtype(config["model"]["dtype"]))
     name, data_dir = _data_set(config), config["data"]["data_dir"]
     templates = _templates(config)
@@ -59,7 +68,9 @@ def assemble(config: Mapping[str, Any]) -> Task:
     if given is not None:
         # What the model learned may differ in details from the template of that name.
         own = [phase["data"]["template"] for phase in config["phases"]]
-        templates = [template if name else given.template for name, template in zip(own, templates, strict=True)]
+        templates = [
+            template if own_name else given.template for own_name, template in zip(own, templates, strict=True)
+        ]
     processors = [
         _processor(config["processor"], tokenizer, model_config, template, phase["data"]["image_mode"], given)
         for template, phase in zip(templates, config["phases"], strict=True)
@@ -67,7 +78,7 @@ def assemble(config: Mapping[str, Any]) -> Task:
     processor = processors[-1]
     task = model_task(config, model_config, mean=processor.mean, std=processor.std)
 
-    data = RunData(config, name, processors)
+    data = RunData(config, name, processors, mesh.shape["seq"])
     special = TokenIds(image=processor.image_token_id, eos=(processor.end_id,), pad=processor.pad_id)
     published, unused, origin = publish(model_config), {}, Origin(data=(name,))
     if begins is not None:
@@ -106,9 +117,6 @@ def assemble(config: Mapping[str, Any]) -> Task:
 
 def _stored(tree: Params, dtype: Any) -> dict[str, Any]:
     """Arrays in one dtype, each read from where it is when it is asked for."""
-    from phantom_jax.checkpoints.arrays import cast
-    from phantom_jax.sharding.placement import on_host
-
     return unflatten(
         {
             path: cast(on_host(leaf) if isinstance(leaf, jax.Array) else leaf, np.dtype(dtype))
@@ -119,8 +127,6 @@ def _stored(tree: Params, dtype: Any) -> dict[str, Any]:
 
 def _data_set(config: Mapping[str, Any]) -> str:
     """The one data set that all phases draw from."""
-    from phantom_jax.data.sources import SOURCES
-
     chosen = config["data"]["name"]
     for index, phase in enumerate(config["phases"]):
         for name in phase["data"]["sources"]:
@@ -139,8 +145,6 @@ def _data_set(config: Mapping[str, Any]) -> str:
 
 def _templates(config: Mapping[str, Any]) -> list[Any]:
     """The template of each phase."""
-    from phantom_jax.data.conversation import TEMPLATES
-
     names = {"processor.template": config["processor"]["template"]}
     for index, phase in enumerate(config["phases"]):
         if phase["data"]["template"]:
@@ -155,8 +159,6 @@ def _processor(
     settings: Mapping[str, Any], tokenizer: Any, model: Any, template: Any, image_mode: str, given: Any
 ) -> Any:
     """A phase's processor: that of the model's folder, where there is one, with what the config says."""
-    from phantom_jax.processor import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Processor
-
     check_tile_size(settings, model)
     sizes = {"max_tiles": settings["max_tiles"], "max_length": settings["max_length"]}
     if given is not None:

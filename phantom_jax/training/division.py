@@ -91,7 +91,7 @@ def divide(phases: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> list[Di
 
 
 def _divide(phase: Mapping[str, Any], paths: Sequence[str], prefix: str) -> Division:
-    trained = match(phase["trainable"], paths)
+    trained = match(phase["trainable"], paths, what=f"{prefix}trainable")
     settings, quantize = phase["lora"], phase["quantize"]
     lora, quantized = NO_LORA, set()
     if settings["rank"]:

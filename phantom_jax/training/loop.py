@@ -18,17 +18,20 @@ import jax
 
 from phantom_jax import config as configs
 from phantom_jax.checkpoints import manager as checkpoints
+from phantom_jax.errors import InputError
 from phantom_jax.sharding.mesh import training_mesh
 from phantom_jax.training import metrics as metrics_lib
 from phantom_jax.training.assembly import assemble
+from phantom_jax.training.division import divide
 from phantom_jax.training.exports import Exports
 from phantom_jax.training.phase import Phase, Say
 from phantom_jax.training.places import Places, check_mesh
 from phantom_jax.training.profiler import Profiler
-from phantom_jax.training.state import Params, Progress
+from phantom_jax.training.state import Params, Progress, merge
 from phantom_jax.training.task import Task
 from phantom_jax.training.workdir import check_workdir, claim_workdir, sole_owner
 from phantom_jax.training.writers import check_writers, open_writers
+from phantom_jax.trees import flatten
 
 
 def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Say | None = None) -> Params:
@@ -44,7 +47,7 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
       say: prints a line.
 
     Returns:
-      The parameters after the last phase, an adapter merged; one on a quantised base stays beside it.
+      The parameters after the last phase, the factors of an adapter beside their kernels.
 
     Raises:
       InputError: the config is wrong, or the workdir belongs to another one. Nothing is overwritten.
@@ -52,18 +55,26 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
       Preempted: SIGTERM or SIGINT came; the step was finished and the run saved.
     """
     say = say or _print
+    if jax.process_count() > 1:
+        raise InputError(
+            f"train runs in one process and this is one of {jax.process_count()}: start one, which uses all devices of"
+            " its machine."
+        )
     config = configs.resolve(config)
     workdir = Path(workdir)
     known = check_workdir(workdir, config)
     mesh = training_mesh(config["mesh"], say)
     check_mesh(config, mesh)
     check_writers(config["writers"])
-    task = task or assemble(config)
+    task = task or assemble(config, mesh)
     shapes = jax.eval_shape(task.init_params, jax.random.key(0))
     places = Places(mesh, config["mesh"]["strategy"], task.parameter_names)
     places.check(shapes)
-    phases = [Phase(config, index, task, shapes, places, say) for index in range(len(config["phases"]))]
-    exports = Exports(task, config, workdir, [phase.division for phase in phases], say)
+    for line in places.remarks(shapes):
+        say(line)
+    divisions = divide(config["phases"], list(flatten(shapes)))
+    phases = [Phase(config, index, task, shapes, division, places, say) for index, division in enumerate(divisions)]
+    exports = Exports(task, config, workdir, divisions, say)
     total_steps = sum(phase.steps for phase in phases)
     iterators = {}
     if not known:
@@ -121,7 +132,9 @@ def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Sa
                     total_steps=total_steps,
                 )
                 exports.write(index, state)
-                params = phase.result(state)
+                # Merged for the phase that goes on from there; after the last one nobody would read it.
+                last = index + 1 == len(phases)
+                params = merge(state.trainable, state.frozen) if last else phase.result(state)
                 # The optimiser's state must be gone before the next phase makes its own.
                 del state
         say(f"done: {progress.step} steps, {progress.tokens:,} tokens, {progress.images:,} images")

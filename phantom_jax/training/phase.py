@@ -4,6 +4,7 @@ import dataclasses
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from phantom_jax import accounting
 from phantom_jax.errors import Diverged, Preempted
 from phantom_jax.objectives import OBJECTIVES
 from phantom_jax.training import metrics as metrics_lib
-from phantom_jax.training.division import divide
+from phantom_jax.training.division import Division
 from phantom_jax.training.optimizer import make_optimizer
 from phantom_jax.training.places import Places
 from phantom_jax.training.profiler import Profiler
@@ -47,13 +48,22 @@ class Phase:
       summary: a line that says how many of them train.
     """
 
-    def __init__(self, config: Mapping[str, Any], index: int, task: Task, shapes: Params, places: Places, say: Say):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        index: int,
+        task: Task,
+        shapes: Params,
+        division: Division,
+        places: Places,
+        say: Say,
+    ):
         phase = config["phases"][index]
         self.name, self.steps = phase["name"], phase["steps"]
         self._index, self._reads_stored = index, phase["objective"].get("reference") == "stored"
         self._config, self._task, self._say = config, task, say
-        self.division = divide(config["phases"], list(flatten(shapes)))[index]
-        lora, seeds = self.division.lora, np.random.SeedSequence([config["seed"], index, _LORA_STREAM])
+        self.division = division
+        lora, seeds = division.lora, np.random.SeedSequence([config["seed"], index, _LORA_STREAM])
         init_seed, dropout_seed = (int(seed) for seed in seeds.generate_state(2))
 
         def trainable_shapes():
@@ -74,7 +84,7 @@ class Phase:
 
         self._places, self._start = places, start
         abstract = jax.eval_shape(start, shapes)
-        self._abstract = abstract.replace(frozen=self.division.quantized_shapes(abstract.frozen))
+        self._abstract = abstract.replace(frozen=division.quantized_shapes(abstract.frozen))
         self._shardings = places.state(self._abstract)
         objective = dict(phase["objective"])
         step = make_train_step(
@@ -107,7 +117,7 @@ class Phase:
         """The state before the first step, from the phase before, from a model's folder or from random parameters.
 
         Args:
-          params: from the phase before, emptied here: what they held is not held twice. None for the first phase.
+          params: from the phase before, used up and emptied here. None for the first phase.
           keep_base: is given all parameters as they are before any of them is quantised or adapted.
         """
         if params is None and self._task.load_params is not None:
@@ -129,7 +139,10 @@ class Phase:
     def _starting(self, start: Callable[[Any], TrainState], given: Any) -> TrainState:
         # What is given may hold kernels that are quantised already.
         shardings = self._places.state(jax.eval_shape(start, given))
-        return jax.jit(start, out_shardings=shardings)(given)
+        with warnings.catch_warnings():
+            # What changes its dtype cannot stay in its buffer; all else does, and is never there twice.
+            warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+            return jax.jit(start, out_shardings=shardings, donate_argnums=0)(given)
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and places of the state, to restore into."""
@@ -251,8 +264,8 @@ class Phase:
         log.write({"step": progress.step, "phase": self.name} | metrics)
         self._say(
             f"validation after step {progress.phase_step}/{self.steps} {self.name}"
-            f" loss {metrics.get('validation/loss', 0.0):.4g}"
-            f" exact match {metrics.get('validation/exact_match', 0.0):.1%}"
+            f" loss {metrics.get('validation/loss', math.nan):.4g}"
+            f" exact match {metrics.get('validation/exact_match', math.nan):.1%}"
             f" of {metrics['validation/questions']:.0f} questions"
             f" in {metrics_lib.duration(time.perf_counter() - began)}"
         )

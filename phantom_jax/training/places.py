@@ -4,7 +4,8 @@ Initialisation, step, restore, weights that are read and batches all take their 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from phantom_jax import axes
 from phantom_jax.batch import Batch
 from phantom_jax.errors import InputError
 from phantom_jax.models.partitioning import Names, Rules, partition, scoped_rules
-from phantom_jax.sharding.rules import STRATEGIES, leaf_sharding
+from phantom_jax.sharding.rules import HEADS_AND_WIDTHS, STRATEGIES, leaf_sharding
 from phantom_jax.training.state import Params, TrainState
 from phantom_jax.trees import flatten, unflatten
 
@@ -95,6 +96,27 @@ class Places:
     def _state_sharding(self, path: str, leaf: Any) -> Any:
         return leaf_sharding(path, leaf, self._names, self.mesh, self.strategy.states)
 
+    def remarks(self, params: Params) -> Iterator[str]:
+        """Lines for a user: what `tensor` could split if its sizes were other ones, and does not.
+
+        Args:
+          params: all parameters, or their shapes.
+        """
+        tensor = self.mesh.shape["tensor"]
+        splittable = {name for name, target in HEADS_AND_WIDTHS if tensor > 1}
+        whole = {}
+        for path, leaf in flatten(params).items():
+            names = self._names.get(path, ())
+            if splittable & set(names) and "tensor" not in self.parameter(path, leaf).spec:
+                whole[path] = math.prod(leaf.shape)
+        if whole:
+            largest = max(whole, key=whole.get)
+            yield (
+                f"{sum(whole.values()):,} parameters are computed whole on each of the {tensor} devices of mesh.tensor,"
+                f" which does not divide their widths: {largest}"
+                + (f" and {len(whole) - 1} more" if len(whole) > 1 else "")
+            )
+
     def check(self, params: Params) -> None:
         """Refuses a mesh that could not split the model.
 
@@ -147,10 +169,16 @@ def check_mesh(config: Mapping[str, Any], mesh: Mesh) -> None:
     for index, phase in enumerate(config["phases"]):
         rows, parts = phase["batch_size"], phase["accumulation"]
         if rows // parts % ways:
+            fewer = [part for part in range(parts - 1, 0, -1) if not rows % part and not rows // part % ways]
+            least = parts * ways
             raise InputError(
                 f"phases[{index}].batch_size / accumulation is {rows} / {parts}, {rows // parts} rows, which"
-                f" {shown}, does not divide: set batch_size to a multiple of {parts * ways},"
-                f" {parts * ways * -(-rows // (parts * ways))} for instance."
+                f" {shown}, does not divide: set "
+                + (
+                    f"accumulation to {fewer[0]}, which takes more memory and changes no result."
+                    if fewer
+                    else f"batch_size to a multiple of {least}, {least * -(-rows // least)} for instance."
+                )
             )
     validation = config["validation"]
     if validation["every"] and validation["batch_size"] % ways:

@@ -24,13 +24,14 @@ class RunData:
       config: resolved.
       name: of the data set.
       processors: one for each phase; validation uses the last.
+      multiple: of which rows have some number of tokens.
 
     Raises:
       InputError: the split of the validation does not exist.
     """
 
-    def __init__(self, config: Mapping[str, Any], name: str, processors: Sequence[Processor]):
-        self._config, self._name, self._processors = config, name, processors
+    def __init__(self, config: Mapping[str, Any], name: str, processors: Sequence[Processor], multiple: int):
+        self._config, self._name, self._processors, self._multiple = config, name, processors, multiple
         self._backend = config["model"]["attention_backend"]
         supports = SUPPORTS[self._backend]
         self._structure = RowStructure(supports.branches, supports.segments)
@@ -75,6 +76,7 @@ class RunData:
             rejected=settings["objective"]["name"] != "sft",
             pair_ids=settings["objective"].get("reference") == "stored",
             structure=self._structure,
+            multiple=self._multiple,
         )
         # Not a sum: the phases of one seed would be shifted phases of the next.
         seed = int(np.random.SeedSequence([self._config["seed"], phase]).generate_state(1)[0])
@@ -86,5 +88,9 @@ class RunData:
         records = self._records(settings["split"])
         chosen = [records[index] for index in range(min(settings["images"] or len(records), len(records)))]
         return pipeline.evaluation_batches(
-            chosen, self._processors[-1], batch_size=settings["batch_size"], structure=self._structure
+            chosen,
+            self._processors[-1],
+            batch_size=settings["batch_size"],
+            structure=self._structure,
+            multiple=self._multiple,
         )

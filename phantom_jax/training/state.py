@@ -65,7 +65,7 @@ def split(params: Params, patterns: Sequence[str]) -> tuple[dict, dict]:
       InputError: if a pattern matches nothing.
     """
     flat = flatten(params)
-    chosen = match(patterns, flat)
+    chosen = match(patterns, flat, what="trainable")
     return (
         unflatten({path: leaf for path, leaf in flat.items() if path in chosen}),
         unflatten({path: leaf for path, leaf in flat.items() if path not in chosen}),

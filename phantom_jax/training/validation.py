@@ -14,12 +14,13 @@ def run_validation(step: Callable[[Any], dict[str, Any]], batches: Iterable[Any]
       batches: all of them, on the devices.
 
     Returns:
-      `validation/NAME` for every name, 0 where nothing has weight, and `validation/questions`: how many there were.
+      `validation/NAME` for every name that has weight, and `validation/questions`: how many there were.
     """
     with jax.transfer_guard("disallow"):
         parts = jax.device_get([step(batch) for batch in batches])
     means = {}
     for name in parts[0] if parts else ():
         total, weight = (sum(float(part[name][which]) for part in parts) for which in (0, 1))
-        means[f"validation/{name}"] = total / weight if weight else 0.0
+        if weight:
+            means[f"validation/{name}"] = total / weight
     return means | {"validation/questions": sum(float(part["exact_match"][1]) for part in parts)}

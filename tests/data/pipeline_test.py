@@ -10,6 +10,7 @@ from phantom_jax.batch import IGNORE
 from phantom_jax.data import rows, sources, tiles
 from phantom_jax.data.conversation import TEMPLATES
 from phantom_jax.data.pipeline import RowOptions, TrainingRows, evaluation_batches, train_iterator
+from phantom_jax.data.rows import RowStructure
 from phantom_jax.data.sources import Question, Records
 from phantom_jax.errors import InputError
 from phantom_jax.processor import Processor
@@ -202,6 +203,22 @@ def test_a_stream_goes_on_exactly_from_any_state(records, processor):
     # An iterator that has run ahead can be set back, too.
     iterator.set_state(states[2])
     assert_equal(next(iterator), batches[2])
+
+
+def test_rows_divide_over_devices(records, processor):
+    options = RowOptions(2, images_per_row=2, rejected=True, structure=RowStructure(branches=False))
+    free, split = (
+        TrainingRows(records["train"], processor, dataclasses.replace(options, multiple=multiple), 0)
+        for multiple in (1, 16)
+    )
+    row = split[0]
+    assert (row["token_ids"].shape, row["unfolded"].shape) == ((split.shape.length,), split.shape.unfolded)
+    for shape, least in ((split.shape, free.shape), (split.single_shape(), free.single_shape())):
+        for tokens, needed in ((shape.length, least.length), (shape.unfolded[1], least.unfolded[1])):
+            assert tokens % 16 == 0 and 0 <= tokens - needed < 16
+    assert any(least % 16 for least in (free.shape.length, free.shape.unfolded[1])), "something must need rounding"
+    batches = evaluation_batches([records["train"][index] for index in range(3)], processor, batch_size=2, multiple=16)
+    assert batches[0]["token_ids"].shape[1] % 16 == 0
 
 
 def test_evaluation_asks_every_question_once(records, processor):

@@ -38,11 +38,11 @@ def small_run(data_dir, **mesh):
 def test_a_run_on_a_mesh_is_that_of_one_device(data_dir, tmp_path):
     lines = []
     expected = train(small_run(data_dir), tmp_path / "one", say=lambda line: None)
-    mesh = {"data": -1, "fsdp": 2, "tensor": 2, "strategy": "zero3_tensor"}
+    mesh = {"data": -1, "fsdp": 2, "tensor": 2, "seq": 2, "strategy": "zero3_tensor"}
     actual = train(small_run(data_dir, **mesh), tmp_path / "eight", say=lines.append)
     assert not any(line.startswith("the mesh is 1 of") for line in lines)
     kernel = actual["language_model"]["layers"]["gate"]["kernel"]
-    assert kernel.sharding.mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2, "seq": 1}
+    assert kernel.sharding.mesh.shape == {"data": 1, "fsdp": 2, "tensor": 2, "seq": 2}
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
     for mine, theirs in zip(records(tmp_path / "eight"), records(tmp_path / "one"), strict=True):
@@ -119,7 +119,11 @@ def _meshed(rows=8, accumulation=1, validation=8, length=2048, **mesh):
         (
             _meshed(rows=16, accumulation=4, data=2, fsdp=4),
             r"phases\[0\].batch_size / accumulation is 16 / 4, 4 rows, which mesh.data x mesh.fsdp, 2 x 4, .*set"
-            " batch_size to a multiple of 32, 32 for instance",
+            " accumulation to 2, which takes more memory and changes no result",
+        ),
+        (
+            _meshed(rows=20, accumulation=2, data=2, fsdp=4),
+            "is 20 / 2, 10 rows, which .* set batch_size to a multiple of 16, 32 for instance",
         ),
         (_meshed(validation=20, fsdp=8), "validation.batch_size is 20, .* multiple of 8, 24 for instance"),
         (_meshed(length=31, data=4, seq=2), "processor.max_length is 31, which mesh.seq, 2, .* set it to 32"),
@@ -140,6 +144,26 @@ def test_what_the_mesh_does_not_divide_is_refused_at_once(settings, message, tmp
         check_mesh(resolved, make_mesh({axis: resolved["mesh"][axis] for axis in sizes()}))
     with pytest.raises(InputError, match=message):
         train(settings, tmp_path / "run", task=make_task(), say=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_tensor_leaves_whole_is_said():
+    names = {"embedding": (axes.VOCAB, axes.EMBED), "up/kernel": (axes.EMBED, axes.MLP), "scale": (axes.NORM,)}
+    params = {"embedding": np.zeros((31, 4)), "up": {"kernel": np.zeros((4, 8))}, "scale": np.zeros(4)}
+    [line] = Places(make_mesh({"tensor": 2}), "tensor", names).remarks(params)
+    assert line == (
+        "124 parameters are computed whole on each of the 2 devices of mesh.tensor, which does not divide their widths:"
+        " embedding"
+    )
+    params["embedding"] = np.zeros((32, 4))
+    assert not list(Places(make_mesh({"tensor": 2}), "tensor", names).remarks(params))
+    assert not list(Places(make_mesh({"fsdp": 2}), "zero3", names).remarks(params))
+
+
+def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="train runs in one process and this is one of 2: start one, which uses all"):
+        train(toy_config(), tmp_path / "run", task=make_task())
     assert not (tmp_path / "run").exists()
 
 

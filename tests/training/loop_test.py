@@ -17,9 +17,11 @@ from phantom_jax.checkpoints import manager as checkpoints
 from phantom_jax.errors import Diverged, InputError, Preempted
 from phantom_jax.sharding.mesh import training_mesh
 from phantom_jax.training import loop
+from phantom_jax.training.division import divide
 from phantom_jax.training.phase import Phase
 from phantom_jax.training.places import Places
 from phantom_jax.training.workdir import sole_owner
+from phantom_jax.trees import flatten
 from tests.training.toy import Scores, SelfStopping, ToyIterator, make_task, score, toy_config
 
 TIMES = ("_per_second", "data_wait", "tower_share", "mfu", "device_memory_bytes")
@@ -46,7 +48,9 @@ def final_state(workdir):
     config = json.loads((workdir / "config.json").read_text())
     shapes = jax.eval_shape(make_task().init_params, jax.random.key(0))
     places = Places(training_mesh(config["mesh"], print), config["mesh"]["strategy"], {})
-    last = Phase(config, meta["progress"]["phase"], make_task(), shapes, places, print)
+    index = meta["progress"]["phase"]
+    division = divide(config["phases"], list(flatten(shapes)))[index]
+    last = Phase(config, index, make_task(), shapes, division, places, print)
     state = checkpoints.restore_state(manager, step, last.abstract_state())
     manager.close()
     return jax.device_get(state), data, meta
