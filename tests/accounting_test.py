@@ -154,8 +154,9 @@ def test_flops_are_those_that_xla_counts(config, patterns):
     trainable, counted = xla_flops(config, patterns)
     work = accounting.Work(ROWS * LENGTH, ROWS * LENGTH**2, ROWS * LENGTH, ROWS)
     ours = accounting.step_flops(config, trainable)(work).total
-    # XLA also counts what is no product: norms, activations, the softmax, the embeddings' sum of gradients.
-    assert 0.93 * counted < ours < 1.01 * counted
+    # XLA also counts what is no product: norms, activations, the softmax, the embeddings' sum of gradients; and scores
+    # once more, which the backward pass computes again.
+    assert 0.9 * counted < ours < 1.01 * counted
 
 
 def test_flops_of_adapters_and_the_rules_of_thumb():

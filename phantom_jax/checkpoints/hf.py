@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.linen import meta
 
+from phantom_jax.accounting import parameter_shapes
 from phantom_jax.checkpoints import hf_config, names
 from phantom_jax.checkpoints.arrays import Box, StoredArray, cast, layer_of, stack
 from phantom_jax.checkpoints.tensor_files import DTYPES, TensorFiles, listed
@@ -21,7 +21,7 @@ from phantom_jax.checkpoints.tensor_writer import SHARD_BYTES, Tensor, write_fol
 from phantom_jax.errors import InputError
 from phantom_jax.json_files import read_json, write_json
 from phantom_jax.models.vision_tower import VisionTowerConfig
-from phantom_jax.models.vlm import VisionLanguageConfig, VisionLanguageModel, abstract_parameters
+from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.trees import flatten, unflatten
 
@@ -105,11 +105,6 @@ class Checkpoint:
         """Of all arrays as they are stored."""
         leaves = jax.tree.leaves(self.flat())
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
-
-
-def parameter_shapes(config: VisionLanguageConfig) -> Any:
-    """Parameter tree of `jax.ShapeDtypeStruct` (float32), nothing allocated."""
-    return meta.unbox(abstract_parameters(VisionLanguageModel(config)))
 
 
 def table(config: VisionLanguageConfig, published: hf_config.Published) -> list[names.Row]:

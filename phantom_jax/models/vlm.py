@@ -159,6 +159,8 @@ class VisionLanguageModel(nn.Module):
         return TokenScores(*self.language_model.target_scores(hidden_BLD, batch["targets"]))
 
 
+# Initialisation takes a third of a second to trace, and many ask.
+@functools.lru_cache(maxsize=64)
 def abstract_parameters(model: VisionLanguageModel) -> Any:
     """Shapes (float32) and logical axis names of all parameters, `nn.Partitioned` boxes; nothing is allocated."""
     size = model.config.vision_tower.image_size

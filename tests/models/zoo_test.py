@@ -3,7 +3,7 @@ import math
 import jax
 import pytest
 
-from phantom_jax.checkpoints.hf import parameter_shapes
+from phantom_jax.accounting import parameter_shapes
 from phantom_jax.checkpoints.hf_config import publish
 from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
