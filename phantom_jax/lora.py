@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,9 +14,7 @@ import jax.numpy as jnp
 
 from phantom_jax.models.linears import layer_axes, linear_inputs
 from phantom_jax.ops.linear import LowRankKernel, low_rank_product
-from phantom_jax.trees import flatten, unflatten
-
-Params = Mapping[str, Any]
+from phantom_jax.trees import Params, flatten, unflatten
 
 _A, _B = "lora_a", "lora_b"
 

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+Params = Mapping[str, Any]
+"""Parameters: nested dictionaries of arrays, or of what stands for arrays."""
+
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves by path, in the order of the paths. Anything but a dictionary is a leaf."""

@@ -165,6 +165,7 @@ def attention_by_parts(
     value_BSKE: jax.Array,
     *,
     names: Names,
+    backend: str,
     query_structure: Structure | None = None,
     key_structure: Structure | None = None,
     **options: Any,
@@ -175,16 +176,17 @@ def attention_by_parts(
     whole rows: few heads, and what causal attention needs of them is not less than half.
 
     Args:
-      query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure: as there.
+      query_BLNH, key_BSKH, value_BSKE, backend, query_structure, key_structure: as there.
       names: logical names of the rows, the tokens and the heads of the queries.
       **options: as there.
     """
 
     def run(query, key, value, query_structure, key_structure):
-        return attention(query, key, value, query_structure=query_structure, key_structure=key_structure, **options)
+        structures = {"query_structure": query_structure, "key_structure": key_structure}
+        return attention(query, key, value, backend=backend, **structures, **options)
 
     # Kernels of one platform split themselves.
-    if not _partitioned() or options.get("backend") not in ("xla", "chunked"):
+    if not _partitioned() or backend not in ("xla", "chunked"):
         return run(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
     mesh = jax.sharding.get_abstract_mesh()
     query_spec = partition((*names, None), query_BLNH.shape, mesh, _rules())

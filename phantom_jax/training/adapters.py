@@ -10,8 +10,7 @@ from phantom_jax.checkpoints.adapter import Adapter, LowRank
 from phantom_jax.checkpoints.adapter_folder import Model
 from phantom_jax.lora import Lora, factor_paths
 from phantom_jax.models.linears import layer_axes
-from phantom_jax.training.state import Params
-from phantom_jax.trees import flatten
+from phantom_jax.trees import Params, flatten
 
 
 def adapter_of(

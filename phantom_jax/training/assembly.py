@@ -25,7 +25,6 @@ from phantom_jax.sharding.placement import on_host
 from phantom_jax.training.adapters import adapter_of
 from phantom_jax.training.beginning import open_weights
 from phantom_jax.training.run_data import RunData
-from phantom_jax.training.state import Params
 from phantom_jax.training.task import (
     Task,
     check_tile_size,
@@ -33,7 +32,7 @@ from phantom_jax.training.task import (
     model_task,
     resolve_image_mode,
 )
-from phantom_jax.trees import flatten, unflatten
+from phantom_jax.trees import Params, flatten, unflatten
 
 
 def assemble(config: Mapping[str, Any], mesh: Mesh) -> Task:

@@ -14,9 +14,7 @@ from phantom_jax.models.linears import HEAD, match_linears
 from phantom_jax.models.quantization import quantize_linear
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.patterns import match
-from phantom_jax.trees import flatten, unflatten
-
-Params = Mapping[str, Any]
+from phantom_jax.trees import Params, flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True)

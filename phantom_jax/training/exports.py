@@ -18,9 +18,9 @@ from phantom_jax.checkpoints import model_folder
 from phantom_jax.checkpoints.arrays import StoredArray, stack
 from phantom_jax.ops.quantize import QuantizedTensor, dequantize
 from phantom_jax.training.division import Division
-from phantom_jax.training.state import Params, TrainState, merge
+from phantom_jax.training.state import TrainState, merge
 from phantom_jax.training.task import Task
-from phantom_jax.trees import flatten, unflatten
+from phantom_jax.trees import Params, flatten, unflatten
 
 
 class Exports:

@@ -27,11 +27,11 @@ from phantom_jax.training.exports import Exports
 from phantom_jax.training.phase import Phase, Say
 from phantom_jax.training.places import Places, check_mesh
 from phantom_jax.training.profiler import Profiler
-from phantom_jax.training.state import Params, Progress, merge
+from phantom_jax.training.state import Progress, merge
 from phantom_jax.training.task import Task
 from phantom_jax.training.workdir import check_workdir, claim_workdir, sole_owner
 from phantom_jax.training.writers import check_writers, open_writers
-from phantom_jax.trees import flatten
+from phantom_jax.trees import Params, flatten
 
 
 def train(config: Any, workdir: str | Path, *, task: Task | None = None, say: Say | None = None) -> Params:

@@ -16,8 +16,7 @@ from phantom_jax.axes import LAYERS
 from phantom_jax.config import SCHEDULES
 from phantom_jax.errors import InputError
 from phantom_jax.patterns import match
-from phantom_jax.training.state import Params
-from phantom_jax.trees import flatten, unflatten
+from phantom_jax.trees import Params, flatten, unflatten
 
 
 class Optimizer(NamedTuple):

@@ -27,11 +27,11 @@ from phantom_jax.training.reference import (
     load_references,
     make_reference_step,
 )
-from phantom_jax.training.state import Params, Progress, TrainState, merge, split, start_phase
+from phantom_jax.training.state import Progress, TrainState, merge, split, start_phase
 from phantom_jax.training.step import make_train_step, make_validation_step
 from phantom_jax.training.task import DataIterator, Task
 from phantom_jax.training.validation import run_validation
-from phantom_jax.trees import flatten
+from phantom_jax.trees import Params, flatten
 
 # Keeps the random numbers of adapters apart from those of the data.
 _LORA_STREAM = 1

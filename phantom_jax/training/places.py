@@ -17,8 +17,8 @@ from phantom_jax.batch import Batch
 from phantom_jax.errors import InputError
 from phantom_jax.models.partitioning import Names, Rules, partition, scoped_rules
 from phantom_jax.sharding.rules import HEADS_AND_WIDTHS, STRATEGIES, leaf_sharding
-from phantom_jax.training.state import Params, TrainState
-from phantom_jax.trees import flatten, unflatten
+from phantom_jax.training.state import TrainState
+from phantom_jax.trees import Params, flatten, unflatten
 
 
 class Places:

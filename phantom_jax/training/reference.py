@@ -24,9 +24,10 @@ from phantom_jax.errors import InputError, Preempted
 from phantom_jax.json_files import read_json, write_json
 from phantom_jax.objectives import answer_log_probs
 from phantom_jax.sharding.placement import on_host
-from phantom_jax.training.state import Params, merge
+from phantom_jax.training.state import merge
 from phantom_jax.training.step import Score
 from phantom_jax.training.task import DataIterator
+from phantom_jax.trees import Params
 
 PART = 64
 """How many batches a part holds: what is lost at most when a pass is killed."""

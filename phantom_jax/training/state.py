@@ -4,7 +4,7 @@ Parameters are nested dictionaries, named by paths such as `language_model/layer
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from phantom_jax.lora import NO_LORA, Lora
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.patterns import match
-from phantom_jax.trees import flatten, unflatten
-
-Params = Mapping[str, Any]
+from phantom_jax.trees import Params, flatten, unflatten
 
 
 @dataclasses.dataclass

@@ -11,7 +11,8 @@ from phantom_jax.batch import Batch
 from phantom_jax.lora import NO_LORA, Lora
 from phantom_jax.objectives import Objective, answer_log_probs, reciprocal, sum_answers, supervised_mask
 from phantom_jax.training.optimizer import Optimizer
-from phantom_jax.training.state import Params, TrainState, merge
+from phantom_jax.training.state import TrainState, merge
+from phantom_jax.trees import Params
 
 Score = Callable[[Params, Batch], Any]
 """`(params, batch) -> scores` with `scores.log_probs`, float32, 0 where the target is IGNORE, and

@@ -17,8 +17,8 @@ from phantom_jax.errors import InputError
 from phantom_jax.lora import Lora
 from phantom_jax.models.vlm import VisionLanguageConfig
 from phantom_jax.processor import IMAGENET_MEAN, IMAGENET_STD
-from phantom_jax.training.state import Params
 from phantom_jax.training.step import Score
+from phantom_jax.trees import Params
 
 
 class DataIterator(Iterator[Batch], Protocol):
