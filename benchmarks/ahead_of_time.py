@@ -20,6 +20,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax.linen import meta
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -28,6 +29,7 @@ from phantom_jax.models import zoo
 from phantom_jax.models.decoder import Decoder
 from phantom_jax.ops.structure import Structure
 from phantom_jax.sharding.mesh import AXES
+from phantom_jax.sharding.rules import STRATEGIES
 
 
 def compile_decoder(name: str, devices, layers: int, length: int, remat: str):
@@ -48,7 +50,7 @@ def compile_decoder(name: str, devices, layers: int, length: int, remat: str):
         hidden = model.apply({"params": params}, x, structure, rope_length=length).hidden
         return hidden.astype(jnp.float32).mean()
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(STRATEGIES["zero3_tensor"].computation):
         everywhere = NamedSharding(mesh, PartitionSpec())
         params = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),

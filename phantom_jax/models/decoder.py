@@ -15,17 +15,18 @@ from phantom_jax import axes
 from phantom_jax.models.cache import Cache, LayerCache
 from phantom_jax.models.layers import Dense, RMSNorm
 from phantom_jax.models.partitioning import (
-    attention_by_parts,
     constrain,
     gather,
     gather_kernel,
     gathered_again,
     look_up,
+    split_of,
 )
 from phantom_jax.models.phantom import PhantomConfig, PhantomDimension, gather_sos
 from phantom_jax.models.remat import KEY, MIXED, QUERY, VALUE, rematerialized
 from phantom_jax.ops import cross_entropy
 from phantom_jax.ops import rope as rotary
+from phantom_jax.ops.attention import attention
 from phantom_jax.ops.linear import linear
 from phantom_jax.ops.structure import Structure
 from phantom_jax.sizes import MOST_LAYERS, check_positive, check_size
@@ -162,11 +163,11 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.write(key, value, context.start)
             key, value = cache.read(self.dtype)
-        out = attention_by_parts(
+        out = attention(
             query,
             key,
             value,
-            names=(axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, axes.HEADS),
+            split=split_of((axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH, axes.HEADS), query.shape[:3]),
             # The head dim before concatenation, as released; the paper's lambda = sqrt(2) says the same.
             scale=config.head_dim**-0.5,
             query_structure=context.structure,
@@ -302,7 +303,10 @@ class Decoder(nn.Module):
 
         # Gathered once for all chunks. Of what trains, which is kept in float32, gradients are summed so.
         weights = jax.tree.map(lambda x, old: x.astype(old.dtype) if old.dtype == jnp.float32 else x, weights, kept)
-        return cross_entropy.target_scores(logits, weights, hidden_BLD, targets_BL, vocabulary=self.config.vocab_size)
+        split = split_of((axes.ACTIVATION_BATCH, axes.ACTIVATION_LENGTH), targets_BL.shape)
+        return cross_entropy.target_scores(
+            logits, weights, hidden_BLD, targets_BL, vocabulary=self.config.vocab_size, split=split
+        )
 
     def __call__(
         self,

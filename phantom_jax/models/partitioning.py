@@ -16,10 +16,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from phantom_jax import axes
-from phantom_jax.ops.attention import attention
 from phantom_jax.ops.linear import Kernel, LowRankKernel
+from phantom_jax.ops.partition import mesh_axes
 from phantom_jax.ops.quantize import QuantizedTensor
-from phantom_jax.ops.structure import Structure
 
 Names = Sequence[str | None]
 Rules = Sequence[tuple[str, str | tuple[str, ...]]]
@@ -44,16 +43,12 @@ def partition(names: Names, shape: Sequence[int], mesh: Any, rules: Rules) -> Pa
         if name not in names:
             continue
         axis = tuple(names).index(name)
-        mesh_axes = tuple(mesh_axis for mesh_axis in _mesh_axes(target) if mesh.shape[mesh_axis] > 1)
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-        if mesh_axes and split[axis] is None and not taken & set(mesh_axes) and shape[axis] % parts == 0:
-            split[axis] = mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
-            taken |= set(mesh_axes)
+        several = tuple(mesh_axis for mesh_axis in mesh_axes(target) if mesh.shape[mesh_axis] > 1)
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in several)
+        if several and split[axis] is None and not taken & set(several) and shape[axis] % parts == 0:
+            split[axis] = several if len(several) > 1 else several[0]
+            taken |= set(several)
     return PartitionSpec(*split)
-
-
-def _mesh_axes(target: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (target,) if isinstance(target, str) else target
 
 
 def _summed(name: str) -> str:
@@ -155,66 +150,27 @@ def look_up(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
         take,
         in_specs=(PartitionSpec(None, channels), PartitionSpec()),
         out_specs=PartitionSpec(None, None, channels),
-        axis_names=set(_mesh_axes(channels)),
+        axis_names=set(mesh_axes(channels)),
     )(table_VD, ids_BL)
 
 
-def attention_by_parts(
-    query_BLNH: jax.Array,
-    key_BSKH: jax.Array,
-    value_BSKE: jax.Array,
-    *,
-    names: Names,
-    backend: str,
-    query_structure: Structure | None = None,
-    key_structure: Structure | None = None,
-    **options: Any,
-) -> jax.Array:
-    """`ops.attention`, each device for its own rows, its own heads and its own queries.
-
-    Where tokens are split over devices, queries stay where they are and every device is sent the keys and values of
-    whole rows: few heads, and what causal attention needs of them is not less than half.
+def split_of(names: Names, shape: Sequence[int]) -> PartitionSpec:
+    """How the rules split an array, for an operation that has to be told; nothing splits it on one device.
 
     Args:
-      query_BLNH, key_BSKH, value_BSKE, backend, query_structure, key_structure: as there.
-      names: logical names of the rows, the tokens and the heads of the queries.
-      **options: as there.
+      names: logical name of each axis, None for one that is never split.
+      shape: sizes of the axes.
     """
-
-    def run(query, key, value, query_structure, key_structure):
-        structures = {"query_structure": query_structure, "key_structure": key_structure}
-        return attention(query, key, value, backend=backend, **structures, **options)
-
-    # Kernels of one platform split themselves.
-    if not _partitioned() or backend not in ("xla", "chunked"):
-        return run(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
-    mesh = jax.sharding.get_abstract_mesh()
-    query_spec = partition((*names, None), query_BLNH.shape, mesh, _rules())
-    rows, tokens, head_axis, _ = query_spec
-    manual = {axis for target in (rows, tokens, head_axis) if target for axis in _mesh_axes(target)}
-    if not manual:
-        return run(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
-    parts = 1 if head_axis is None else mesh.shape[head_axis]
-    # Fewer key-value heads than parts: each goes to all the devices whose queries see it.
-    repeats = math.lcm(key_BSKH.shape[2], parts) // key_BSKH.shape[2]
-    if repeats > 1:
-        key_BSKH, value_BSKE = (jnp.repeat(x, repeats, axis=2) for x in (key_BSKH, value_BSKE))
-    key_spec = PartitionSpec(rows, None, head_axis, None)
-    return jax.shard_map(
-        run,
-        in_specs=(query_spec, key_spec, key_spec, PartitionSpec(rows, tokens), PartitionSpec(rows, None)),
-        out_specs=query_spec,
-        axis_names=manual,
-        # Loops over blocks begin with constants, which are the same everywhere as their results are not.
-        check_vma=False,
-    )(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
+    if not _partitioned():
+        return PartitionSpec(*[None] * len(names))
+    return partition(names, shape, jax.sharding.get_abstract_mesh(), _rules())
 
 
 def _rules() -> Rules:
     """The rules in force, without those over mesh axes along which the code is split by hand already."""
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     rules = nn.get_logical_axis_rules()
-    return [rule for rule in rules if not manual & set(_mesh_axes(rule[1]))]
+    return [rule for rule in rules if not manual & set(mesh_axes(rule[1]))]
 
 
 def _partitioned() -> bool:

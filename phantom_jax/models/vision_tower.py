@@ -11,10 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from phantom_jax import axes
 from phantom_jax.models.layers import Dense, LayerNorm, RMSNorm, scaled_normal
-from phantom_jax.models.partitioning import attention_by_parts, constrain, gather
+from phantom_jax.models.partitioning import constrain, gather, split_of
 from phantom_jax.models.remat import KEY, MIXED, QUERY, VALUE, rematerialized
 from phantom_jax.ops import image as image_ops
 from phantom_jax.ops import norm as norm_ops
+from phantom_jax.ops.attention import attention
 from phantom_jax.sizes import MOST_LAYERS, MOST_PIXELS, check_positive, check_size
 
 
@@ -134,11 +135,11 @@ class VisionLayer(nn.Module):
         if config.qk_norm:
             query = HeadNorm(config.norm_epsilon, name="query_norm")(query)
             key = HeadNorm(config.norm_epsilon, name="key_norm")(key)
-        y = attention_by_parts(
+        y = attention(
             query,
             key,
             value,
-            names=(axes.ACTIVATION_TILES, None, axes.VISION_HEADS),
+            split=split_of((axes.ACTIVATION_TILES, None, axes.VISION_HEADS), query.shape[:3]),
             scale=head_dim**-0.5,
             backend=self.attention_backend,
         ).astype(self.dtype)

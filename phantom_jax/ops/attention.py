@@ -1,12 +1,15 @@
 """Attention behind one entry."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from phantom_jax.ops import blockwise, cudnn
 from phantom_jax.ops.backends import check_backend, check_rows, check_tokens, honoured
-from phantom_jax.ops.partition import TOKENS, size
+from phantom_jax.ops.partition import WHOLE, mesh_axes, parts, repeat_heads
 from phantom_jax.ops.structure import Structure
 
 OUTPUT = "attention"
@@ -22,6 +25,7 @@ def attention(
     query_structure: Structure | None = None,
     key_structure: Structure | None = None,
     backend: str = "xla",
+    split: PartitionSpec = WHOLE,
     chunk: int = 512,
 ) -> jax.Array:
     """Grouped-query attention with float32 softmax and accumulation.
@@ -34,6 +38,9 @@ def attention(
       query_structure, key_structure: [B, L] and [B, S]; both None means that everything sees everything (vision).
       backend: `xla` holds scores [B, N, L, S]; `chunked` never holds more than [B, N, chunk, chunk] of them, forward
         and backward; `splash` and `cudnn` are kernels of a TPU and a GPU, see `ops.backends` for what they take.
+      split: mesh axes of the queries' rows, tokens and heads: each device computes its own. Queries of a row that is
+        split stay where they are, and keys and values of whole rows are sent to all: few heads, of which causal
+        attention needs not less than half.
       chunk: side of a block of scores, `chunked` only.
 
     Returns:
@@ -46,7 +53,7 @@ def attention(
       ValueError: the shapes or structures do not fit one another.
     """
     check_backend(backend, query_BLNH.dtype, query_BLNH.shape[3])
-    batch, length, heads, head_dim = query_BLNH.shape
+    _, length, heads, head_dim = query_BLNH.shape
     kv_heads = key_BSKH.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key-value heads")
@@ -59,31 +66,53 @@ def attention(
             if structure.shape != tensor.shape[:2]:
                 raise ValueError(f"{what} structure {structure.shape} does not fit {what} {tensor.shape}")
     if backend in ("splash", "cudnn"):
-        check_tokens(backend, length, key_BSKH.shape[1], size(TOKENS))
-        return _kernel(query_BLNH, key_BSKH, value_BSKE, query_structure, scale, backend)
-    query_BLKGH = query_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+        check_tokens(backend, length, key_BSKH.shape[1], parts(split[1]))
+        return _kernel(query_BLNH, key_BSKH, value_BSKE, query_structure, scale, backend, split)
+    side = chunk if backend == "chunked" else None
+    local = functools.partial(_local, scale=scale, side=side)
+    rows, tokens, head_axes = split
+    manual = {axis for target in split for axis in mesh_axes(target)}
+    if manual:
+        key_BSKH, value_BSKE = (repeat_heads(x, parts(head_axes)) for x in (key_BSKH, value_BSKE))
+        query_spec, key_spec = PartitionSpec(rows, tokens, head_axes, None), PartitionSpec(rows, None, head_axes, None)
+        local = jax.shard_map(
+            local,
+            in_specs=(query_spec, key_spec, key_spec, PartitionSpec(rows, tokens), PartitionSpec(rows, None)),
+            out_specs=query_spec,
+            axis_names=manual,
+            # Loops over blocks begin with constants, which are the same everywhere as their results are not.
+            check_vma=False,
+        )
+    return local(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure)
+
+
+def _local(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure, *, scale, side):
+    """The part of one device."""
+    batch, length, heads, width = query_BLNH.shape
+    kv_heads = key_BSKH.shape[2]
     out = blockwise.attend(
-        query_BLKGH,
+        query_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, width),
         key_BSKH,
         value_BSKE,
         query_structure,
         key_structure,
         scale=scale,
-        side=chunk if backend == "chunked" else None,
+        side=side,
         name=OUTPUT,
     )
     return out.reshape(batch, length, heads, value_BSKE.shape[3])
 
 
-def _kernel(query_BLNH, key_BLKH, value_BLKE, structure, scale, backend):
+def _kernel(query_BLNH, key_BLKH, value_BLKE, structure, scale, backend, split):
     segments = None if structure is None else structure.segment_ids
     if backend == "splash":
         from phantom_jax.ops import splash  # loads Pallas, which nobody else needs
 
-        out = splash.attend(query_BLNH, key_BLKH, value_BLKE, segments, scale=scale, name=OUTPUT)
+        out = splash.attend(query_BLNH, key_BLKH, value_BLKE, segments, scale=scale, split=split, name=OUTPUT)
     else:
         real = None if segments is None else segments > 0
-        out = checkpoint_name(cudnn.attend(query_BLNH, key_BLKH, value_BLKE, real, scale=scale), OUTPUT)
+        out = cudnn.attend(query_BLNH, key_BLKH, value_BLKE, real, scale=scale, split=split)
+        out = checkpoint_name(out, OUTPUT)
     out = out.astype(jnp.float32)
     if structure is None:
         return out

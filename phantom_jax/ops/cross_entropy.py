@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from phantom_jax.batch import IGNORE
-from phantom_jax.ops.partition import ROWS, TOKENS, free_axes, row_axes
+from phantom_jax.ops.partition import mesh_axes
 
 _MOST_TOKENS = 1024
 _MOST_LOGITS = 2**27  # half a GiB in float32
@@ -22,6 +22,7 @@ def target_scores(
     targets_BL: jax.Array,
     *,
     vocabulary: int,
+    split: PartitionSpec,
     most_logits: int = _MOST_LOGITS,
 ) -> tuple[jax.Array, jax.Array]:
     """How likely each target is, chunk by chunk of tokens; the backward pass computes each chunk again.
@@ -36,32 +37,27 @@ def target_scores(
       hidden_BLD: after the final norm.
       targets_BL: int32, `IGNORE` where there is none.
       vocabulary: V.
+      split: mesh axes of rows and of tokens.
       most_logits: of one chunk on one device.
 
     Returns:
       Log-probabilities [B, L] float32, 0 where there is no target; and whether the target is the most likely token,
       the first of equals, [B, L] bool, True where there is no target.
     """
-    batch, length, _ = hidden_BLD.shape
     most_tokens = min(_MOST_TOKENS, max(1, most_logits // vocabulary))
     local = functools.partial(_scan_chunks, logits, most_tokens=most_tokens)
-    free = free_axes()
-    names = set(row_axes(batch))
-    if free.get(TOKENS, 1) > 1 and length % free[TOKENS] == 0:
-        names.add(TOKENS)
-    if not any(free[name] > 1 for name in names):
-        return local(weights, hidden_BLD, targets_BL)
-    rows = tuple(name for name in ROWS if name in names)
-    tokens = TOKENS if TOKENS in names else None
-    both = PartitionSpec(rows, tokens)
-    split = jax.shard_map(
-        local,
-        in_specs=(PartitionSpec(), PartitionSpec(rows, tokens, None), both),
-        out_specs=(both, both),
-        axis_names=names,
-        check_vma=False,
-    )
-    return split(weights, hidden_BLD, targets_BL)
+    manual = {axis for target in split for axis in mesh_axes(target)}
+    if manual:
+        rows, tokens = split
+        both = PartitionSpec(rows, tokens)
+        local = jax.shard_map(
+            local,
+            in_specs=(PartitionSpec(), PartitionSpec(rows, tokens, None), both),
+            out_specs=(both, both),
+            axis_names=manual,
+            check_vma=False,
+        )
+    return local(weights, hidden_BLD, targets_BL)
 
 
 def _scan_chunks(logits, weights, hidden_BLD, targets_BL, most_tokens):

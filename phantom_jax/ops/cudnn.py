@@ -8,28 +8,33 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from phantom_jax.ops.partition import divisible_heads, free_axes, head_axis, row_axes
+from phantom_jax.ops.partition import free_axes, parts, repeat_heads
 
 
 def attend(
-    query_BLNH: jax.Array, key_BLKH: jax.Array, value_BLKE: jax.Array, real_BL: jax.Array | None, *, scale: float
+    query_BLNH: jax.Array,
+    key_BLKH: jax.Array,
+    value_BLKE: jax.Array,
+    real_BL: jax.Array | None,
+    *,
+    scale: float,
+    split: PartitionSpec,
 ) -> jax.Array:
     """Attention of the tokens of each row to themselves, `flash` forward and backward.
-
-    Under a mesh rows and heads stay where they are.
 
     Args:
       query_BLNH, key_BLKH: bfloat16 or float16.
       value_BLKE: of any width.
       real_BL: bool, causal and False at padding, which is behind the tokens; None lets everything see everything.
       scale: factor on the scores.
+      split: mesh axes of the queries' rows, tokens (none) and heads.
 
     Returns:
       [B, L, N, E] in the inputs' dtype: accumulated in float32 and rounded once, so that 8 bits of each value are
       left in bfloat16. A phantom half is rounded by itself and is not lost beside the plain one. Zeros at padding.
     """
-    heads = query_BLNH.shape[2]
-    key_BLKH, value_BLKE = divisible_heads(key_BLKH, heads), divisible_heads(value_BLKE, heads)
+    free, (rows, _, heads) = free_axes(), split
+    key_BLKH, value_BLKE = (repeat_heads(x, parts(heads)) for x in (key_BLKH, value_BLKE))
 
     def local(query, key, value):
         arguments = equal_widths(query, key, value)
@@ -38,12 +43,11 @@ def attend(
         )
         return joined(out, query.shape[2], value.shape[3])
 
-    free = free_axes()
-    if max(free.values(), default=1) > 1:
+    if free:
         # cuDNN calls have a partitioning of their own, which refuses heads that are split one way in queries and
         # another way in keys.
-        spec = PartitionSpec(row_axes(query_BLNH.shape[0]), None, head_axis(heads), None)
-        local = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, axis_names=set(free), check_vma=False)
+        spec = PartitionSpec(rows, None, heads, None)
+        local = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, axis_names=free, check_vma=False)
     out = local(query_BLNH, key_BLKH, value_BLKE)
     return out if real_BL is None else jnp.where(real_BL[:, :, None, None], out, 0)
 

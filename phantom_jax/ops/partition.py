@@ -1,50 +1,38 @@
-"""Which axes of the mesh split an array, for code that the compiler cannot split by itself."""
+"""How an operation that the compiler cannot split by itself is split over the mesh that is set.
+
+Whoever calls it says how, by a `PartitionSpec` of mesh axes; `models.partitioning.split_of` gives it.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-ROWS = ("data", "fsdp")
-HEADS = "tensor"
-TOKENS = "seq"
+Target = str | tuple[str, ...] | None
+"""What splits one axis of an array: a mesh axis, several, or none."""
+WHOLE = PartitionSpec(None, None, None)
+"""Rows, tokens and heads that nothing splits."""
 
 
-def free_axes() -> dict[str, int]:
-    """Sizes of the axes of the mesh that is set, without those over which this code is split by hand already."""
+def mesh_axes(target: Target) -> tuple[str, ...]:
+    """The mesh axes of a target."""
+    return (target,) if isinstance(target, str) else target or ()
+
+
+def parts(target: Target) -> int:
+    """Into how many parts a target splits."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {name: mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes}
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(target))
 
 
-def size(name: str) -> int:
-    """Of a free axis; 1 where there is none."""
-    return free_axes().get(name, 1)
+def free_axes() -> set[str]:
+    """The axes of the mesh over which this code is not split by hand already; empty where there is one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return set() if mesh.empty or mesh.size == 1 else set(mesh.axis_names) - set(mesh.manual_axes)
 
 
-def row_axes(rows: int) -> tuple[str, ...]:
-    """The free axes over which so many rows are split: all of `ROWS` whose product divides them, or the first alone."""
-    free = free_axes()
-    for names in (ROWS, ROWS[:1]):
-        names = tuple(name for name in names if name in free)
-        if rows % math.prod(free[name] for name in names) == 0:
-            return names
-    return ()
-
-
-def head_axis(heads: int) -> str | None:
-    """The free axis over which so many query heads are split."""
-    return HEADS if size(HEADS) > 1 and heads % size(HEADS) == 0 else None
-
-
-def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
-    """Keys or values, repeated until their heads divide over `HEADS`; each is beside the query heads it serves.
-
-    Args:
-      x_BSKH: keys or values.
-      heads: number of query heads.
-    """
-    if head_axis(heads) is None:
-        return x_BSKH
-    kv_heads = x_BSKH.shape[2]
-    repeats = math.lcm(kv_heads, size(HEADS)) // kv_heads
+def repeat_heads(x_BSKH: jax.Array, count: int) -> jax.Array:
+    """Keys or values, repeated until so many parts divide their heads: each goes to all whose queries see it."""
+    repeats = math.lcm(x_BSKH.shape[2], count) // x_BSKH.shape[2]
     return x_BSKH if repeats == 1 else jnp.repeat(x_BSKH, repeats, axis=2)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from phantom_jax.ops.partition import TOKENS, divisible_heads, free_axes, head_axis, row_axes, size
+from phantom_jax.ops.partition import free_axes, parts, repeat_heads
 
 _BLOCKS = (512, 384, 256, 128)
 _MOST_PADDING = 1.125
@@ -24,18 +24,19 @@ def attend(
     segment_ids_BL: jax.Array | None,
     *,
     scale: float,
+    split: PartitionSpec,
     name: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of the tokens of each row to themselves.
 
-    Under a mesh rows, heads and queries stay where they are; keys of a row that is split over devices are gathered.
-    Of such rows the last device has most to do, as it sees most keys.
+    Keys of a row that is split over devices are gathered; the last device has most to do, as it sees most keys.
 
     Args:
       query_BLNH, key_BLKH, value_BLKE: any widths.
       segment_ids_BL: causal within segments, 0 is padding; None lets everything see everything.
       scale: factor on the scores.
+      split: mesh axes of the queries' rows, tokens and heads.
       name: under which the backward pass's needs can be kept, see `jax.checkpoint_policies`.
       interpret: run on any platform, slowly.
 
@@ -43,8 +44,8 @@ def attend(
       [B, L, N, E] in the queries' dtype: the kernel accumulates in float32 and rounds once. Zeros at padding.
     """
     batch, length, query_heads, _ = query_BLNH.shape
-    free, rows, heads, seq = free_axes(), row_axes(batch), head_axis(query_heads), size(TOKENS)
-    key_BLKH, value_BLKE = divisible_heads(key_BLKH, query_heads), divisible_heads(value_BLKE, query_heads)
+    free, (rows, tokens, heads), seq = free_axes(), split, parts(split[1])
+    key_BLKH, value_BLKE = (repeat_heads(x, parts(heads)) for x in (key_BLKH, value_BLKE))
     block = _block(length, seq)
     padding = -length % (block * seq)
     causal = segment_ids_BL is not None
@@ -55,15 +56,13 @@ def attend(
             jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
             for x in (query_BLNH, key_BLKH, value_BLKE, segment_ids_BL)
         )
-    local_heads = query_heads // (free[heads] if heads else 1)
-    kernel = _kernel(local_heads, length + padding, block, causal, seq, name, interpret)
+    kernel = _kernel(query_heads // parts(heads), length + padding, block, causal, seq, name, interpret)
     query_BLNH = (query_BLNH * scale).astype(query_BLNH.dtype)
     arguments = (kernel, query_BLNH, key_BLKH, value_BLKE, segment_ids_BL, segment_ids_BL)
-    if max(free.values(), default=1) == 1:
+    if not free:
         out = _local(*arguments)
     else:
         mesh = jax.sharding.get_abstract_mesh()
-        tokens = TOKENS if seq > 1 else None
         specs = (
             kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, tokens))),
             PartitionSpec(rows, tokens, heads, None),
@@ -76,9 +75,7 @@ def attend(
             specs = (*specs[:4], None, None)
         # Splitting by hand leaves no axis to the compiler, which cannot split a kernel, not even over one device.
         # Pallas calls do not say over which axes their results vary, so that cannot be checked.
-        out = jax.shard_map(_local, in_specs=specs, out_specs=specs[1], axis_names=set(free), check_vma=False)(
-            *arguments
-        )
+        out = jax.shard_map(_local, in_specs=specs, out_specs=specs[1], axis_names=free, check_vma=False)(*arguments)
     return out[:, :length]
 
 

@@ -13,6 +13,7 @@ from phantom_jax.sharding.mesh import make_mesh
 from tests.ops.attention_test import array_shapes
 
 ROWS, LENGTH, EMBED, VOCAB = 8, 22, 16, 96
+WHOLE = PartitionSpec(None, None)
 
 
 def logits_of(embedding_VD, hidden_BLD):
@@ -27,10 +28,10 @@ def in_full(embedding, hidden, targets):
     return jnp.where(targets == IGNORE, 0.0, chosen), correct | (targets == IGNORE)
 
 
-def in_chunks(embedding, hidden, targets, tokens=16):
+def in_chunks(embedding, hidden, targets, tokens=16, split=WHOLE):
     """Of so many tokens on a device: 2 of each of the 8 rows, where all are on one."""
     return cross_entropy.target_scores(
-        logits_of, embedding, hidden, targets, vocabulary=VOCAB, most_logits=tokens * VOCAB
+        logits_of, embedding, hidden, targets, vocabulary=VOCAB, split=split, most_logits=tokens * VOCAB
     )
 
 
@@ -97,10 +98,11 @@ def test_no_more_logits_than_a_chunk_forward_and_backward(inputs):
 )
 def test_hidden_states_and_logits_stay_where_they_are(inputs, expected, mesh, embedding_spec):
     mesh = make_mesh(mesh)
-    tokens = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq"))
+    split = PartitionSpec(("data", "fsdp"), "seq")
+    tokens = NamedSharding(mesh, split)
     embedding = NamedSharding(mesh, embedding_spec)
     placed = jax.device_put(inputs, (embedding, tokens, tokens))
-    function = loss_and_gradients(functools.partial(in_chunks, tokens=2))
+    function = loss_and_gradients(functools.partial(in_chunks, tokens=2, split=split))
     with jax.set_mesh(mesh):
         jitted = jax.jit(function, out_shardings=(None, (embedding, tokens)))
         program = jitted.lower(*placed).compile()

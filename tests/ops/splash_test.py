@@ -5,18 +5,20 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from phantom_jax.ops import splash
 from phantom_jax.ops.attention import attention
+from phantom_jax.ops.partition import WHOLE
 from phantom_jax.sharding.mesh import make_mesh
 from tests.ops import packed
 
 
-def compare(inputs, structure, mesh=None):
+def compare(inputs, structure, mesh=None, split=WHOLE):
     scale = inputs[0].shape[-1] ** -0.5
     segments = None if structure is None else structure.segment_ids
     reference = functools.partial(attention, scale=scale, query_structure=structure, key_structure=structure)
-    kernel = functools.partial(splash.attend, segment_ids_BL=segments, scale=scale, interpret=True)
+    kernel = functools.partial(splash.attend, segment_ids_BL=segments, scale=scale, split=split, interpret=True)
     expected = packed.weighed(reference, inputs)
     if mesh is None:
         ours = packed.weighed(kernel, inputs)
@@ -44,13 +46,17 @@ def test_images_see_everything_but_what_fills_the_last_block():
 
 
 @pytest.mark.parametrize(
-    "mesh, heads",
-    [({"data": 2, "tensor": 2, "seq": 2}, 4), ({"fsdp": 2, "tensor": 4}, 8), ({"fsdp": 2, "tensor": 4}, 6)],
+    "mesh, heads, split",
+    [
+        ({"data": 2, "tensor": 2, "seq": 2}, 4, PartitionSpec("data", "seq", "tensor")),
+        ({"fsdp": 2, "tensor": 4}, 8, PartitionSpec("fsdp", None, "tensor")),
+        ({"fsdp": 2, "tensor": 4}, 6, PartitionSpec("fsdp", None, None)),
+    ],
     ids=["rows, heads and tokens", "kv heads are repeated", "heads stay whole"],
 )
-def test_a_mesh_changes_nothing(mesh, heads):
+def test_a_mesh_changes_nothing(mesh, heads, split):
     inputs = packed.inputs(length=256, heads=heads)
-    compare(inputs, packed.structure([[100, 90], [70, 186]], 256), make_mesh(mesh))
+    compare(inputs, packed.structure([[100, 90], [70, 186]], 256), make_mesh(mesh), split)
 
 
 def test_blocks_pad_little():
