@@ -67,6 +67,8 @@ def main():
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--remat", default="names")
     arguments = parser.parse_args()
+    if not os.path.isfile(os.environ.get("TPU_LIBRARY_PATH", "")):
+        parser.error("TPU_LIBRARY_PATH names no file: set it to the libtpu.so of the package libtpu, see above")
     print("| slice | model | heads, values | compiled in s | kernels | temporary MiB |\n|---|---|---|---|---|---|")
     for topology in arguments.topology.split(","):
         devices = topologies.get_topology_desc(topology, "tpu").devices

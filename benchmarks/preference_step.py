@@ -27,8 +27,10 @@ from phantom_jax import objectives
 from phantom_jax.config import OPTIMIZER
 from phantom_jax.data.conversation import Conversation, lay_out
 from phantom_jax.data.rows import unfolded_index
+from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from phantom_jax.models.vlm import VisionLanguageModel
+from phantom_jax.ops.backends import BACKENDS
 from phantom_jax.training.optimizer import make_optimizer
 from phantom_jax.training.state import split, start_phase
 from phantom_jax.training.step import make_train_step
@@ -167,8 +169,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16" if jax.default_backend() != "cpu" else "float32")
-    parser.add_argument("--backend", default="xla", help="of attention; one that knows branches")
+    parser.add_argument("--backend", default="xla", choices=BACKENDS, help="of attention; one that knows branches")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}: set it to 1 or more")
     size = SIZES[arguments.size]
     steps = make_steps(size, arguments.dtype, arguments.backend)
     times = measure(steps, arguments.rounds)
@@ -183,4 +187,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -23,8 +23,11 @@ import numpy as np
 
 from phantom_jax.batch import IGNORE, Batch
 from phantom_jax.config import default_config, default_phase
+from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
+from phantom_jax.models.remat import PRESETS
 from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.ops.backends import BACKENDS
 from phantom_jax.training.loop import train
 from phantom_jax.training.metrics import gibibytes, thousands
 from phantom_jax.training.task import Task, model_task
@@ -142,8 +145,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--backend", default="xla", help="model.attention_backend")
-    parser.add_argument("--remat", default="none", help="model.remat")
+    parser.add_argument("--backend", default="xla", choices=BACKENDS, help="model.attention_backend")
+    parser.add_argument("--remat", default="none", choices=PRESETS, help="model.remat")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     print(f"{jax.device_count()} x {device.device_kind}, {arguments.rows} rows of {arguments.length} tokens with")
@@ -173,4 +176,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -26,12 +26,14 @@ from flax.linen import meta
 
 from phantom_jax import accounting
 from phantom_jax.batch import IGNORE
+from phantom_jax.errors import InputError
 from phantom_jax.models import zoo
 from phantom_jax.models.decoder import Decoder, DecoderConfig
 from phantom_jax.models.phantom import PhantomConfig
 from phantom_jax.models.projector import ProjectorConfig
 from phantom_jax.models.vision_tower import VisionTowerConfig
 from phantom_jax.models.vlm import VisionLanguageConfig
+from phantom_jax.ops.backends import BACKENDS
 from phantom_jax.ops.rope import RopeConfig
 from phantom_jax.ops.structure import Structure
 from phantom_jax.training.metrics import thousands
@@ -154,8 +156,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, action="append")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--backend", default="xla", help="attention backend of ours")
+    parser.add_argument("--backend", default="xla", choices=BACKENDS, help="attention backend of ours")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}: set it to 1 or more")
     device = jax.devices()[0]
     print(f"{device.device_kind}, {arguments.dtype}, attention {arguments.backend}, {arguments.rounds} rounds")
     print(
@@ -177,4 +181,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -63,6 +63,12 @@ done
 
 enter_environment
 cd "$repository"
+# Several processes of pytest would find nothing and say nothing.
+for argument in ${arguments[@]+"${arguments[@]}"}; do
+  if [[ "$argument" == *.py* && "$argument" != -* && ! -e "${argument%%::*}" ]]; then
+    fail "there is no test file ${argument%%::*}."
+  fi
+done
 
 printf '== ruff\n'
 python -m ruff check .

@@ -167,7 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left, `| head` for instance: what is still held back has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (InputError, Mismatch, Diverged, Preempted) as error:
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except (InputError, Mismatch, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
@@ -271,7 +274,20 @@ def _explained(error: Exception, name: str, rest: list[str]) -> Exception:
     if missing_key:
         key, nearest = missing_key.groups()
         flag = next((argument for argument in rest if re.match(rf"--?config\..*\b{key}\b", argument)), "")
-        return InputError(f"the config has no key {key!r} ({flag}).{f' Did you mean {nearest!r}?' if nearest else ''}")
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
+        if not hint and flag.lstrip("-").startswith("config.model."):
+            hint = " Fields of a model that its config file does not name are set there: config.model = {...}."
+        return InputError(f"the config has no key {key!r} ({flag}).{hint}")
+    if isinstance(cause, IndexError):
+        for argument in rest:
+            past_the_end = re.match(r"--?config\.(.*?)\[(\d+)\]", argument)
+            if past_the_end:
+                key, index = past_the_end.groups()
+                return InputError(f"the config has no {key}[{index}] ({argument}): {key} are counted from 0.")
+    number = re.fullmatch(r"flag --(config\.\S+)=(.*?): (invalid literal for int|could not convert string).*", text)
+    if number:
+        kind = "a whole number" if "int" in number[3] else "a number"
+        return InputError(f"{number[1]} is {number[2]!r}; it must be {kind}.")
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, flags.Error) and "ml_collections" not in frames[-1].filename:
         return error

@@ -225,7 +225,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> SimpleNa
     for item in filter(None, (arg or "").split(",")):
         key, given, text = (part.strip() for part in item.partition("="))
         if key not in defaults:
-            raise InputError(_unknown("variant ", key, defaults, what="variants"))
+            raise InputError(_unknown("Variant ", key, defaults, what="variants"))
         kind = type(defaults[key])
         if not given:
             if kind is not bool:

@@ -192,11 +192,11 @@ def test_llava_data_images_and_projector():
         (llava, "7b", "recipe=lightning,mix=true", "mixing is of recipe=scaling"),
         (llava, "7b", "rank=8", "rank=8 is of an adapter, and the method is full"),
         (llava, "7b", "method=lora,rank=-1", "rank=-1 does not exist"),
-        (llava, "7b", "ranks=8", r"variant ranks does not exist. Did you mean 'rank'\?"),
+        (llava, "7b", "ranks=8", r"Variant ranks does not exist. Did you mean 'rank'\?"),
         (phantom, "7b", "method=qlora,base=int4", r"base=int4 does not exist. Did you mean base=int8\?"),
         (phantom, "7b", "base=nf4", "base=nf4 is of method=qlora, and the method is full"),
         (phantom, "7b", "objective=dpo", "objective=dpo does not exist.* There are: po, sft, simpo, orpo"),
-        (phantom, "7b", "rank=8", "variant rank does not exist"),
+        (phantom, "7b", "rank=8", "Variant rank does not exist"),
     ],
 )
 def test_a_variant_that_does_not_exist_is_named_with_the_nearest(family, size, arg, message):

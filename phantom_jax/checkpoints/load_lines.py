@@ -3,6 +3,7 @@
 import os
 import shlex
 
+from phantom_jax.checkpoints.native import CONFIG
 from phantom_jax.layouts import MODEL_LAYOUTS, check_name
 
 _BASE = "BASE"
@@ -40,7 +41,8 @@ def load_lines(layout: str, path: str | os.PathLike[str]) -> list[str]:
 def adapter_lines(base_layout: str, path: str | os.PathLike[str], *, base: str | None = None) -> list[str]:
     """Lines of Python after which `model` is a model with an adapter; over a `llava-hf`, also those for PEFT.
 
-    LLaVA's own code names a language model as the base of its adapters: the model is put together first.
+    LLaVA's own code names a language model as the base of its adapters: unless the base is a folder of ours, the model
+    is put together first.
 
     Args:
       base_layout: that of the model, one of `layouts.MODEL_LAYOUTS`.
@@ -51,7 +53,8 @@ def adapter_lines(base_layout: str, path: str | os.PathLike[str], *, base: str |
       InputError: there is no such layout.
     """
     check_name("layout", base_layout, MODEL_LAYOUTS)
-    if base_layout == "llava-original":
+    whole = base is not None and os.path.isfile(os.path.join(base, CONFIG))
+    if base_layout == "llava-original" and not whole:
         command = f"phantom-jax convert --vision=CLIP --llm={shlex.quote(base or _BASE)} --target=MODEL --to=ours"
         return [
             "# where the base is a language model, put the model together first, with its folder and CLIP's:",

@@ -104,6 +104,13 @@ def _builder(name: str, data_dir: str | os.PathLike):
 def _prepared(name: str, data_dir: str | os.PathLike):
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
+        others = [other for other in SOURCES if other != name and _builder(other, data_dir).is_prepared()]
+        if others:
+            raise InputError(
+                f"{str(data_dir)!r} holds {' and '.join(others)}, not {name}. Set data.name to"
+                f" {' or '.join(map(repr, others))}, or prepare {name} there (phantom-jax prepare --source={name}"
+                " --target=FOLDER)."
+            )
         raise InputError(
             f"{name} is not prepared in {str(data_dir)!r}. Prepare it there (phantom-jax prepare --source={name}"
             " --target=FOLDER), or give the folder that it was prepared in as data_dir."

@@ -74,6 +74,9 @@ def attention(
     manual = {axis for target in split for axis in mesh_axes(target)}
     if manual:
         key_BSKH, value_BSKE = (repeat_heads(x, parts(head_axes)) for x in (key_BSKH, value_BSKE))
+        if tokens:
+            # Their gradients are sums over devices: in float32, which XLA for CPUs needs, or it ends the process.
+            key_BSKH, value_BSKE = (x.astype(jnp.float32) for x in (key_BSKH, value_BSKE))
         query_spec, key_spec = PartitionSpec(rows, tokens, head_axes, None), PartitionSpec(rows, None, head_axes, None)
         local = jax.shard_map(
             local,
@@ -90,6 +93,7 @@ def _local(query_BLNH, key_BSKH, value_BSKE, query_structure, key_structure, *, 
     """The part of one device."""
     batch, length, heads, width = query_BLNH.shape
     kv_heads = key_BSKH.shape[2]
+    key_BSKH, value_BSKE = (x.astype(query_BLNH.dtype) for x in (key_BSKH, value_BSKE))
     out = blockwise.attend(
         query_BLNH.reshape(batch, length, kv_heads, heads // kv_heads, width),
         key_BSKH,

@@ -134,7 +134,7 @@ def recipe(size: str, arg: str | None) -> Any:
       InputError: a variant does not exist.
     """
     # The paper has 70B with mixed data alone.
-    variant = parse_arg(arg, method="full", rank=0, image=0, mix=size == "70b", recipe="scaling", smoke=False)
+    variant = parse_arg(arg, method="full", rank=-1, image=0, mix=size == "70b", recipe="scaling", smoke=False)
     check_choice("recipe", variant.recipe, RECIPES)
     chosen = RECIPES[variant.recipe]
     _check(size, variant, chosen)
@@ -193,12 +193,12 @@ def _check(size: str, variant: Any, chosen: Recipe) -> None:
         raise InputError(
             f"Variant recipe={variant.recipe},mix=true does not exist: mixing is of recipe=scaling. Leave mix out."
         )
-    if variant.rank and variant.method == "full":
+    if variant.rank != -1 and variant.method == "full":
         raise InputError(
             f"Variant rank={variant.rank} is of an adapter, and the method is full; leave rank out, or take method=lora"
             " or method=qlora."
         )
-    if variant.rank < 0:
+    if variant.rank < 1 and variant.rank != -1:
         raise InputError(f"Variant rank={variant.rank} does not exist: it must be 1 or larger.")
 
 
@@ -235,7 +235,7 @@ def _stage_2(variant: Any, chosen: Recipe) -> Any:
             steps=steps_of(rows, chosen.full_batch),
             optimizer={**optimizer, "learning_rate": chosen.full_rate},
         )
-    rank = variant.rank or chosen.rank
+    rank = chosen.rank if variant.rank == -1 else variant.rank
     alpha = chosen.alpha or 2.0 * rank
     groups = ()
     if chosen.projector_rate is not None:

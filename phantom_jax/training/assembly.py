@@ -132,7 +132,8 @@ def _data_set(config: Mapping[str, Any]) -> str:
             if name not in SOURCES:
                 raise InputError(
                     f"phases[{index}].data.sources names {name!r}, which cannot be opened. The data sets that can be"
-                    f" are: {', '.join(SOURCES)}. Set data.name to one of them and the phases' data.sources to {{}}."
+                    f" are: {', '.join(SOURCES)}. Set data.name to one of them and the phases' data.sources to {{}}; or"
+                    " try the recipe's variant `smoke`, which does."
                 )
             if name != chosen:
                 raise InputError(

@@ -92,7 +92,9 @@ def is_decayed(path: str, ndim: int) -> bool:
     return ndim - (LAYERS in parents) >= 2
 
 
-def make_optimizer(config: Mapping[str, Any], trainable: Params, *, groups=(), steps: int) -> Optimizer:
+def make_optimizer(
+    config: Mapping[str, Any], trainable: Params, *, groups=(), steps: int, what: str = "groups"
+) -> Optimizer:
     """AdamW with global-norm clipping over all groups.
 
     Args:
@@ -108,7 +110,7 @@ def make_optimizer(config: Mapping[str, Any], trainable: Params, *, groups=(), s
       InputError: if a pattern matches no trainable parameter, or two groups hold the same one.
     """
     shapes = flatten(trainable)
-    group_of = _assign_groups(groups, shapes)
+    group_of = _assign_groups(groups, shapes, what)
     chains, members = {}, {}
     settings = {"base": config} | {f"group_{index}": {**config, **group} for index, group in enumerate(groups)}
     for group, setting in settings.items():
@@ -161,14 +163,14 @@ def make_optimizer(config: Mapping[str, Any], trainable: Params, *, groups=(), s
     return Optimizer(init, update)
 
 
-def _assign_groups(groups, paths) -> dict[str, str]:
+def _assign_groups(groups, paths, what) -> dict[str, str]:
     group_of = dict.fromkeys(paths, "base")
     for index, group in enumerate(groups):
-        for path in sorted(match(group["patterns"], paths, what=f"groups[{index}] (of the trainable parameters)")):
+        for path in sorted(match(group["patterns"], paths, what=f"{what}[{index}] (of the trainable parameters)")):
             if group_of[path] != "base":
                 raise InputError(
-                    f"Parameter {path!r} belongs to two groups, groups[{group_of[path].removeprefix('group_')}] and"
-                    f" groups[{index}]. Give the groups patterns that do not overlap."
+                    f"Parameter {path!r} belongs to two groups, {what}[{group_of[path].removeprefix('group_')}] and"
+                    f" {what}[{index}]. Give the groups patterns that do not overlap."
                 )
             group_of[path] = f"group_{index}"
     return group_of

@@ -70,7 +70,13 @@ class Phase:
             factors = jax.eval_shape(lambda: lora.init(shapes, jax.random.key(0)))
             return merge(split(shapes, phase["trainable"])[0], factors)
 
-        optimizer = make_optimizer(phase["optimizer"], trainable_shapes(), groups=phase["groups"], steps=phase["steps"])
+        optimizer = make_optimizer(
+            phase["optimizer"],
+            trainable_shapes(),
+            groups=phase["groups"],
+            steps=phase["steps"],
+            what=f"phases[{index}].groups",
+        )
 
         def start(params):
             return start_phase(

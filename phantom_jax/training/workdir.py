@@ -25,7 +25,8 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> bool:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} cannot be read as a config: {error}. Choose another workdir.") from error
         difference = configs.config_difference(theirs, config)
-        if not all(map(configs.decides_nothing, difference)):
+        difference = [line for line in difference if not configs.decides_nothing(line)]
+        if difference:
             raise InputError(
                 f"Workdir {workdir} holds a run of another config; theirs -> yours:\n"
                 + "\n".join(f"  {line}" for line in difference)

@@ -36,6 +36,13 @@ def test_unprepared_data_is_named(tmp_path):
             open_it()
 
 
+def test_another_data_set_in_the_folder_is_named(data_dir):
+    with pytest.raises(
+        InputError, match=f"'{data_dir}' holds {NAME}, not handwritten_numbers. Set data.name to '{NAME}'"
+    ):
+        sources.open_records("handwritten_numbers", "train", data_dir)
+
+
 def test_preparing_again_leaves_what_is_there(data_dir):
     folder = data_dir / NAME / "1.0.0"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

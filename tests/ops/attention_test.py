@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from phantom_jax.ops.attention import attention
+from phantom_jax.ops.partition import WHOLE
 from phantom_jax.ops.structure import Structure, visible
+from phantom_jax.sharding.mesh import make_mesh
 
 
 def random_inputs(length=37, value_width=12, seed=0):
@@ -97,6 +100,27 @@ def test_gradients_where_whole_blocks_are_padding(backend):
     for ours, theirs in zip(padded, expected, strict=True):
         np.testing.assert_allclose(ours[:, :5], theirs, atol=1e-6)
         np.testing.assert_array_equal(ours[:, 5:], 0)
+
+
+@pytest.mark.parametrize("backend", ["xla", "chunked"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_devices_share_rows_tokens_and_heads(backend, dtype, tolerance):
+    inputs = [x.astype(dtype) for x in random_inputs(length=38)]
+    structure = packed_structure(38)
+    weight = jax.random.normal(jax.random.key(9), (2, 38, 6, 12))
+
+    def loss(inputs, split):
+        options = {"query_structure": structure, "key_structure": structure, "backend": backend, "chunk": 8}
+        return (attention(*inputs, scale=0.3, split=split, **options) * weight).sum()
+
+    expected = jax.grad(loss)(inputs, WHOLE)
+    with jax.set_mesh(make_mesh({"data": 2, "tensor": 2, "seq": 2})):
+        ours = jax.jit(jax.grad(lambda inputs: loss(inputs, PartitionSpec("data", "seq", "tensor"))))(inputs)
+    for gradient, other in zip(ours, expected, strict=True):
+        assert gradient.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(gradient, np.float32), np.asarray(other, np.float32), rtol=tolerance, atol=tolerance
+        )
 
 
 def array_shapes(jaxpr):

@@ -373,7 +373,7 @@ def test_a_mistake_about_a_later_phase_comes_up_before_anything_is_written(tmp_p
         run(tmp_path / "new", iterator=Refusing)
     config = toy_config()
     config.phases[1].groups[0].patterns = ("embedding/**",)
-    with pytest.raises(InputError, match="'embedding/\\*\\*' of groups.*: embed"):
+    with pytest.raises(InputError, match="'embedding/\\*\\*' of phases\\[1\\].groups.*: embed"):
         run(tmp_path / "new", config)
     assert not (tmp_path / "new").exists()
 
