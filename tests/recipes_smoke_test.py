@@ -89,12 +89,13 @@ def test_llava_in_full(data_dir, tmp_path):
 
 
 def test_a_phase_has_its_own_template_and_image_mode(data_dir):
-    from phantom_jax.training.assembly import assemble
+    from phantom_jax.sharding.mesh import make_mesh
+from phantom_jax.training.assembly import assemble
 
     config = smoke(llava, "7b", "recipe=v1_5", data_dir)
     rows = []
     for index in (0, 1):
-        batch = next(assemble(resolve(config)).train_iterator(index))
+        batch = next(assemble(resolve(config), make_mesh({})).train_iterator(index))
         text, image = batch["segment_ids"] > 0, batch["image_slots"] >= 0
         assert image.sum(axis=1).tolist() == [16] * 4, "one image of 4 x 4 patches in each row"
         rows.append((text & ~image).sum(axis=1).max())
