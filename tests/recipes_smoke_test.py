@@ -13,6 +13,7 @@ from phantom_jax.errors import InputError
 from phantom_jax.ops.quantize import QuantizedTensor
 from phantom_jax.processor import CLIP_MEAN, IMAGENET_MEAN
 from phantom_jax.recipes import llava, phantom
+from phantom_jax.sharding.mesh import make_mesh
 from phantom_jax.training.abstract import abstract_phase
 from phantom_jax.training.loop import train
 from phantom_jax.trees import flatten
@@ -89,8 +90,7 @@ def test_llava_in_full(data_dir, tmp_path):
 
 
 def test_a_phase_has_its_own_template_and_image_mode(data_dir):
-    from phantom_jax.sharding.mesh import make_mesh
-from phantom_jax.training.assembly import assemble
+    from phantom_jax.training.assembly import assemble
 
     config = smoke(llava, "7b", "recipe=v1_5", data_dir)
     rows = []
