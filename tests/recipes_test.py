@@ -192,6 +192,8 @@ def test_llava_data_images_and_projector():
         (llava, "7b", "recipe=lightning,mix=true", "mixing is of recipe=scaling"),
         (llava, "7b", "rank=8", "rank=8 is of an adapter, and the method is full"),
         (llava, "7b", "method=lora,rank=-1", "rank=-1 does not exist"),
+        (llava, "7b", "method=lora,rank=0", "rank=0 does not exist"),
+        (llava, "7b", "method=full,rank=0", "rank=0 is of an adapter, and the method is full"),
         (llava, "7b", "ranks=8", r"Variant ranks does not exist. Did you mean 'rank'\?"),
         (phantom, "7b", "method=qlora,base=int4", r"base=int4 does not exist. Did you mean base=int8\?"),
         (phantom, "7b", "base=nf4", "base=nf4 is of method=qlora, and the method is full"),

@@ -10,6 +10,9 @@ from phantom_jax.config import LINEARS, default_config, default_phase, parse_arg
 from phantom_jax.errors import InputError
 from phantom_jax.recipes.variants import check_choice, make_smoke, steps_of
 
+# Of `rank`, whose default is the recipe's: a number that nobody gives.
+_NOT_GIVEN = -(2**31)
+
 SIZES = ("7b", "13b", "33b", "65b", "70b")
 
 ROWS = {"llava_pretrain_558k": 558_128, "llava_instruct_80k": 80_000, "sharegpt": 40_000, "llava_v1_5_mix665k": 665_298}
@@ -134,7 +137,7 @@ def recipe(size: str, arg: str | None) -> Any:
       InputError: a variant does not exist.
     """
     # The paper has 70B with mixed data alone.
-    variant = parse_arg(arg, method="full", rank=-1, image=0, mix=size == "70b", recipe="scaling", smoke=False)
+    variant = parse_arg(arg, method="full", rank=_NOT_GIVEN, image=0, mix=size == "70b", recipe="scaling", smoke=False)
     check_choice("recipe", variant.recipe, RECIPES)
     chosen = RECIPES[variant.recipe]
     _check(size, variant, chosen)
@@ -193,12 +196,12 @@ def _check(size: str, variant: Any, chosen: Recipe) -> None:
         raise InputError(
             f"Variant recipe={variant.recipe},mix=true does not exist: mixing is of recipe=scaling. Leave mix out."
         )
-    if variant.rank != -1 and variant.method == "full":
+    if variant.rank != _NOT_GIVEN and variant.method == "full":
         raise InputError(
             f"Variant rank={variant.rank} is of an adapter, and the method is full; leave rank out, or take method=lora"
             " or method=qlora."
         )
-    if variant.rank < 1 and variant.rank != -1:
+    if variant.rank < 1 and variant.rank != _NOT_GIVEN:
         raise InputError(f"Variant rank={variant.rank} does not exist: it must be 1 or larger.")
 
 
@@ -235,7 +238,7 @@ def _stage_2(variant: Any, chosen: Recipe) -> Any:
             steps=steps_of(rows, chosen.full_batch),
             optimizer={**optimizer, "learning_rate": chosen.full_rate},
         )
-    rank = chosen.rank if variant.rank == -1 else variant.rank
+    rank = chosen.rank if variant.rank == _NOT_GIVEN else variant.rank
     alpha = chosen.alpha or 2.0 * rank
     groups = ()
     if chosen.projector_rate is not None:
