@@ -276,7 +276,7 @@ def _explained(error: Exception, name: str, rest: list[str]) -> Exception:
         flag = next((argument for argument in rest if re.match(rf"--?config\..*\b{key}\b", argument)), "")
         hint = f" Did you mean {nearest!r}?" if nearest else ""
         if not hint and flag.lstrip("-").startswith("config.model."):
-            hint = " Fields of a model that its config file does not name are set there: config.model = {...}."
+            hint = f" A field of the model that its config file does not name is set there: config.model.{key} = ..."
         return InputError(f"the config has no key {key!r} ({flag}).{hint}")
     if isinstance(cause, IndexError):
         for argument in rest:

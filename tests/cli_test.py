@@ -93,7 +93,7 @@ def test_train_gets_the_config_with_its_overrides(config_path, trained):
         ),
         (
             ["train", "--config={config}", "--config.model.num_layers=1"],
-            "has no key 'num_layers' (--config.model.num_layers=1). Fields of a model that its config file does not",
+            "has no key 'num_layers' (--config.model.num_layers=1). A field of the model that its config file does not",
         ),
         (["train", "--config={config}:wrong", "--workdir=x"], "there is no variant 'wrong'. Set objective=sft."),
         (["convert", "--source=a", "--target=b", "--to=pickle"], "--to=pickle: value should be one of"),
